@@ -1,0 +1,154 @@
+"""Slots: the directories that pods mount. Last step of flow A.
+
+A slot is what one Allocate hands out: `<run_dir>/slots/<name>`, mounted read-only at `/run/opencdi/<resource>/`. Its name
+is a function of what the kubelet repeats at PreStartContainer, because after a reboot the kubelet reuses its cached answer.
+A directory that anybody may have mounted is never given to somebody else: it is set aside for a fresh one, and an old
+mount goes on seeing the dead one.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+import msgspec
+
+from nodeagent.devices.plugin import MountSpec, SlotAnswer
+from nodeagent.model import DeviceNode, Offer, Resource
+
+MOUNT_ROOT = "/run/opencdi"
+
+SERVICE_SOCKETS = {"ipp": ("ipp.sock", "CUPS_SERVER")}
+"""Service -> its socket in a slot and the variable by which stock clients find it."""
+
+
+class SlotDevice(msgspec.Struct, frozen=True, kw_only=True):
+    id: str
+    class_: str = msgspec.field(name="class")
+    name: str
+    simulated: bool
+
+
+class SlotDocument(msgspec.Struct, frozen=True, kw_only=True):
+    """`slot.json`, readable by the desktop (schema nodeagent.slot/v1)."""
+
+    schema: str = "nodeagent.slot/v1"
+    slot: str
+    resource: str
+    ids: tuple[str, ...]
+    state: str
+    devices: tuple[SlotDevice, ...] = ()
+    services: dict[str, str] = {}
+    """Service -> path of its socket inside the desktop."""
+    made_ns: int = 0
+    """When the directory was made, nanoseconds since the epoch."""
+
+
+def slot_name(resource: str, ids: Iterable[str]) -> str:
+    """40 hexadecimal characters: a function of the resource and the set of ids."""
+    return hashlib.sha256("\0".join((resource, *sorted(ids))).encode()).hexdigest()[:40]
+
+
+def variable(resource: Resource) -> str:
+    """`opencdi.io/usb-storage` -> `OPENCDI_USB_STORAGE`."""
+    return "OPENCDI_" + "".join("_" if c in "-./" else c for c in resource.leaf).upper()
+
+
+def answer(resource: Resource, ids: Iterable[str], path: Path) -> SlotAnswer:
+    """What the kubelet is told to put into the container that holds `ids`: variables, the slot's mount, device nodes."""
+    offers = [resource.offers[i] for i in ids]
+    inside = f"{MOUNT_ROOT}/{resource.leaf}"
+    env = {variable(resource): path.name}
+    for service in services_of(offers):
+        socket, name = SERVICE_SOCKETS[service]
+        env[name] = f"{inside}/{socket}"
+    nodes: tuple[DeviceNode, ...] = tuple(n for o in offers if o.give == "node" for n in o.grant.nodes)
+    return SlotAnswer(
+        env=env, mounts=(MountSpec(container_path=inside, host_path=str(path), read_only=True),), nodes=nodes
+    )
+
+
+def services_of(offers: Iterable[Offer]) -> tuple[str, ...]:
+    """The services that these offers add to a seat, sorted."""
+    return tuple(sorted({s for o in offers if o.give == "service" for s in o.grant.services}))
+
+
+class Slots:
+    """The slot directories of this node. All calls are a few operations on a tmpfs and do not block."""
+
+    def __init__(self, run_dir: Path) -> None:
+        self.root = run_dir / "slots"
+
+    def prepare(self) -> None:
+        self.root.mkdir(parents=True, exist_ok=True)
+        self.root.chmod(0o700)
+        for leftover in self.root.glob(".dead-*"):
+            shutil.rmtree(leftover, ignore_errors=True)
+
+    def path(self, name: str) -> Path:
+        return self.root / name
+
+    def ensure(self, name: str) -> Path:
+        """The slot's directory, made if it is not there."""
+        path = self.path(name)
+        path.mkdir(exist_ok=True)
+        path.chmod(0o755)
+        return path
+
+    def set_aside(self, name: str) -> Path | None:
+        """Move the slot's directory out of the way, mounts of it included; returns where it is now, None if there was none.
+
+        The sockets in it go on working until `discard`.
+        """
+        path = self.path(name)
+        aside = self.root / f".dead-{name}-{os.urandom(4).hex()}"
+        try:
+            path.rename(aside)
+        except FileNotFoundError:
+            return None
+        return aside
+
+    def discard(self, path: Path | None) -> None:
+        """Delete a directory that `set_aside` moved; a mount of it that still exists is left empty."""
+        if path is not None:
+            shutil.rmtree(path, ignore_errors=True)
+
+    def names(self) -> frozenset[str]:
+        return frozenset(p.name for p in self.root.iterdir() if not p.name.startswith("."))
+
+    def write(self, document: SlotDocument) -> None:
+        """Replace `slot.json` (0444) in the slot's directory."""
+        path = self.path(document.slot)
+        temporary = path / ".slot.json"
+        temporary.write_bytes(msgspec.json.format(msgspec.json.encode(document), indent=1) + b"\n")
+        temporary.chmod(0o444)
+        temporary.replace(path / "slot.json")
+
+    def read(self, name: str) -> SlotDocument | None:
+        """The slot's document, or None when there is none that can be read. The directory is root's alone to write."""
+        try:
+            return msgspec.json.decode((self.path(name) / "slot.json").read_bytes(), type=SlotDocument)
+        except (OSError, msgspec.DecodeError, UnicodeDecodeError):
+            return None
+
+
+def document(slot: str, resource: Resource, ids: Iterable[str], state: str, made_ns: int) -> SlotDocument:
+    """The slot's public document for the devices that are offered right now."""
+    ids = tuple(sorted(ids))
+    offers: Mapping[str, Offer] = {i: resource.offers[i] for i in ids if i in resource.offers}
+    inside = f"{MOUNT_ROOT}/{resource.leaf}"
+    return SlotDocument(
+        slot=slot,
+        resource=resource.name,
+        ids=ids,
+        state=state,
+        made_ns=made_ns,
+        devices=tuple(
+            SlotDevice(id=i, class_=o.device.cls.value, name=o.device.usb.name, simulated=o.device.usb.simulated)
+            for i, o in offers.items()
+        ),
+        services={s: f"{inside}/{SERVICE_SOCKETS[s][0]}" for s in services_of(offers.values())},
+    )
