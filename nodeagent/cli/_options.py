@@ -1,0 +1,45 @@
+"""Options that several verbs share, and what they mean."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import msgspec
+
+from nodeagent.config import DEFAULT_PATH, Config, load
+from nodeagent.errors import ConfigError
+
+
+class Loaded(msgspec.Struct, frozen=True):
+    """A configuration and where it came from; `path` is empty when the defaults are used."""
+
+    config: Config
+    path: str
+
+
+def add_root(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--root", metavar="DIR", type=Path, help="read a captured or foreign file tree instead of this system"
+    )
+
+
+def configuration(args: argparse.Namespace) -> Loaded:
+    """The file named by --config, else the default one, else (when that one is absent) the defaults.
+
+    Raises ConfigError, with the file and the path of the key, when the file cannot be used.
+    """
+    path: Path = args.config or DEFAULT_PATH
+    if args.config is None and not path.exists():
+        return Loaded(Config(), "")
+    return Loaded(load_named(path), str(path))
+
+
+def load_named(path: Path) -> Config:
+    """`load`, with the name of the file in every error."""
+    try:
+        return load(path)
+    except ConfigError as error:
+        if error.message.startswith(str(path)):
+            raise
+        raise ConfigError(f"{path}: {error.message}", hint=error.hint) from error

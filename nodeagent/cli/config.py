@@ -1,0 +1,118 @@
+"""`nodeagent config show | check | schema | reload`."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import msgspec
+
+from nodeagent import cli
+from nodeagent.cli import _client, _options
+from nodeagent.cli._output import Colour, Paint, add_output, emit, visible
+from nodeagent.config import DEFAULT_PATH, Config
+from nodeagent.documents import ConfigCheckDocument, ConfigDocument, DeviceExplanation, Problem, ReloadDocument
+from nodeagent.errors import ConfigError
+
+NAME = "config"
+HELP = "show, check or reload the configuration, or print its JSON schema"
+
+
+def arguments(parser: argparse.ArgumentParser) -> None:
+    actions = parser.add_subparsers(dest="action", metavar="ACTION", required=True)
+    show = actions.add_parser("show", help="the effective configuration: the file with every default filled in")
+    show.add_argument(
+        "--running", action="store_true", help="what the daemon uses now, which a bad file does not change"
+    )
+    add_output(show)
+    check = actions.add_parser("check", help="check a file, and say for each device which rule takes it; exit 0 or 2")
+    check.add_argument("file", nargs="?", type=Path, metavar="FILE", help="default: the file of --config")
+    _options.add_root(check)
+    add_output(check)
+    schema = actions.add_parser("schema", help="the JSON schema of the file")
+    schema.add_argument("-o", "--output", choices=("json", "yaml"), default="json", help="how to print (default json)")
+    add_output(actions.add_parser("reload", help="have the daemon read its file again; exit 2 when it is refused"))
+    for action in actions.choices.values():
+        cli.common(action)
+
+
+def run(args: argparse.Namespace) -> int:
+    actions = {"show": _show, "check": _check, "schema": _schema, "reload": _reload}
+    return actions[args.action](args)
+
+
+def _show(args: argparse.Namespace) -> int:
+    loaded = _options.configuration(args)
+    if args.running:
+        raw = _client.ask(loaded.config.run_dir, NAME)
+        asked = _client.decode(raw, ConfigDocument)
+        emit(raw, args.output, lambda paint: _shown(asked, paint))
+        return cli.FINE
+    document = ConfigDocument(source="file" if loaded.path else "defaults", path=loaded.path, config=loaded.config)
+    emit(document, args.output, lambda paint: _shown(document, paint))
+    return cli.FINE
+
+
+def _shown(document: ConfigDocument, paint: Paint) -> str:
+    """The configuration as the file that would say the same."""
+    import yaml
+
+    where = {"file": document.path, "defaults": "no file, the defaults", "daemon": f"the daemon, from {document.path}"}
+    head = f"# {where[document.source]}"
+    body = yaml.safe_dump(msgspec.to_builtins(document.config), sort_keys=False, allow_unicode=True)
+    return f"{paint(visible(head), 'dim')}\n{body.rstrip()}"
+
+
+def _check(args: argparse.Namespace) -> int:
+    path: Path | None = args.file or args.config
+    try:
+        loaded = _options.Loaded(_options.load_named(path), str(path)) if path else _options.configuration(args)
+    except ConfigError as error:
+        if args.output == "table":
+            raise
+        refused = ConfigCheckDocument(path=str(path or DEFAULT_PATH), ok=False, error=Problem.of(error))
+        emit(refused, args.output, lambda paint: "")
+        return cli.CONFIG
+    from nodeagent.cli import _direct
+
+    found = _direct.look(loaded.config, args.root)
+    document = ConfigCheckDocument(path=loaded.path, ok=True, devices=_direct.explanations(found, loaded.config))
+    emit(document, args.output, lambda paint: _checked(document, paint))
+    return cli.FINE
+
+
+def _checked(document: ConfigCheckDocument, paint: Paint) -> str:
+    lines = []
+    for explained in document.devices:
+        lines += [*_explained(explained, paint), ""]
+    if not document.devices:
+        lines += ["no devices to try the rules on", ""]
+    verdict = f"{document.path} is fine" if document.path else "there is no file; the defaults are fine"
+    return "\n".join([*lines, paint(visible(verdict), "green")])
+
+
+def _explained(explained: DeviceExplanation, paint: Paint) -> list[str]:
+    device = explained.device
+    simulated = " (simulated)" if device.simulated else ""
+    lines = [f"{visible(device.id or device.class_)} {visible(device.name)} at port {visible(device.port)}{simulated}"]
+    for rule in explained.rules:
+        verdict = f"takes it: {device.resource or device.unoffered}" if rule.taken else rule.why
+        colour: Colour | None = None if not rule.taken else "green" if device.resource else "yellow"
+        lines.append(f"  {visible(rule.rule)}: {paint(visible(verdict), colour)}")
+    if not any(rule.taken for rule in explained.rules):
+        lines.append(paint("  no rule takes it: it is not offered", "yellow"))
+    return lines
+
+
+def _schema(args: argparse.Namespace) -> int:
+    schema = msgspec.json.schema(Config)
+    emit(msgspec.json.encode({"$schema": "https://json-schema.org/draft/2020-12/schema", **schema}), args.output, str)
+    return cli.FINE
+
+
+def _reload(args: argparse.Namespace) -> int:
+    raw = _client.reload(_options.configuration(args).config.run_dir)
+    document = _client.decode(raw, ReloadDocument)
+    said = "read again and in use" if document.changed else "read again; it says what was already in use"
+    emit(raw, args.output, lambda paint: f"{visible(document.path)}: {said}")
+    return cli.FINE
