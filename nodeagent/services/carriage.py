@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import os
 import time
 from collections.abc import Awaitable, Callable, Iterator
 from pathlib import Path
@@ -104,10 +103,10 @@ class Carriage:
             await self._make_ready(job, number)
             printer = await job.seat.online(job)
             await self._cups.available()
-            fd, size = self._open(job, number)
             job.cups_job = -1
             try:
-                return CupsJob(await self._cups.submit(printer.queue, key, fd, size, job.record.copies), 3)
+                document = self._ready(job, number)
+                return CupsJob(await self._cups.submit(printer.queue, key, document, job.record.copies), 3)
             except CupsRefused as error:
                 job.say("printer-stopped", error.message)
             except AgentError as error:
@@ -116,8 +115,6 @@ class Carriage:
                 taken = await self._look_up(key)
                 if taken is not None:
                     return taken
-            finally:
-                os.close(fd)
             job.cups_job = 0
             await asyncio.sleep(delay_s)
         raise AssertionError("unreachable")
@@ -131,15 +128,10 @@ class Carriage:
                 await asyncio.sleep(delay_s)
         raise AssertionError("unreachable")
 
-    def _open(self, job: Job, number: int) -> tuple[int, int]:
+    def _ready(self, job: Job, number: int) -> Path:
         """What goes to the printer: the converted document, or the document as it came."""
         converted = self._store.converted(job.seat.name, job.record.id, number)
-        path = converted if converted.exists() else self._store.document(job.seat.name, job.record.id, number)
-        try:
-            fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-        except OSError as error:
-            raise AgentError(Reason.INTERNAL, f"the spooled document is gone: {error.strerror}") from error
-        return fd, os.fstat(fd).st_size
+        return converted if converted.exists() else self._store.document(job.seat.name, job.record.id, number)
 
     def _processing(self, job: Job, reason: str) -> None:
         if job.state is State.PROCESSING:

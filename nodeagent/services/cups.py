@@ -113,12 +113,12 @@ class Cups:
         if self._available.is_set():
             await self._set_queues()
 
-    async def submit(self, queue: str, key: str, fd: int, size: int, copies: int = 1) -> int:
-        """Print the first `size` bytes of `fd`, device-ready, `copies` times; returns cupsd's number of the job.
+    async def submit(self, queue: str, key: str, document: Path, copies: int = 1) -> int:
+        """Print a device-ready file of the spool `copies` times; returns cupsd's number of the job.
 
         `key` names the job in `jobs()`, also after a crash between cupsd's yes and the caller's note of it.
         """
-        return await self._client.submit(queue, key, fd, size, copies)
+        return await self._client.submit(queue, key, document, copies)
 
     async def jobs(self, first: int = 1) -> dict[str, CupsJob]:
         """Jobs from cupsd's number `first` on, by key; finished ones for a day or until there are too many."""

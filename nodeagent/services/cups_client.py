@@ -7,7 +7,6 @@ socket's credentials (cups/auth.c); the socket's directory lets nobody else near
 from __future__ import annotations
 
 import asyncio
-import os
 import socket
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,7 +18,7 @@ from nodeagent.wire import ipp
 from nodeagent.wire.ipp import Attribute, Group, GroupTag, IppError, Operation, Request, Response, Status
 
 TIMEOUT_S = 10.0
-"""For an answer; a document gets a second more for each MiB."""
+"""For an answer."""
 MAX_RESPONSE_BYTES = 8 << 20
 RAW = "application/vnd.cups-raw"
 ERROR_POLICY = "retry-current-job"
@@ -110,12 +109,16 @@ class CupsClient:
             allowed=(Status.NOT_FOUND,),
         )  # fmt: skip
 
-    async def submit(self, queue: str, key: str, fd: int, size: int, copies: int) -> int:
-        """Print the first `size` bytes of `fd` as they are; the job is called `key`. Returns cupsd's number of it."""
+    async def submit(self, queue: str, key: str, document: Path, copies: int) -> int:
+        """Print a file as it is; the job is called `key`, which begins with cups_watch.KEY_PREFIX. Returns cupsd's number of it.
+
+        The job holds the file's path, not its bytes: the back end reads them from the spool, so a document lies on disk once.
+        """
         response = await self._ask(
             f"a job for the queue {queue}", Operation.PRINT_JOB,
             (_printer(queue), _ROOT, ipp.name("job-name", key), ipp.mime("document-format", RAW)),
-            Group(GroupTag.JOB, (ipp.integer("copies", copies),)), path=f"/printers/{queue}", fd=fd, size=size,
+            Group(GroupTag.JOB, (ipp.integer("copies", copies),)), path=f"/printers/{queue}",
+            data=f"{document}\n".encode(),
         )  # fmt: skip
         number = response.group(GroupTag.JOB).integer("job-id")
         if number is None:
@@ -148,17 +151,17 @@ class CupsClient:
 
     async def _ask(
         self, what: str, operation: Operation, attributes: Sequence[Attribute], *groups: Group, path: str = "/",
-        fd: int = -1, size: int = 0, allowed: Sequence[int] = (),
+        data: bytes = b"", allowed: Sequence[int] = (),
     ) -> Response:  # fmt: skip
         request = Request((2, 0), operation, 1, (Group(GroupTag.OPERATION, (*_START, *attributes)), *groups))
         body = ipp.put_request(request)
         head = (
             f"POST {path} HTTP/1.0\r\nHost: localhost\r\nAuthorization: PeerCred root\r\n"
-            f"Content-Type: application/ipp\r\nContent-Length: {len(body) + size}\r\n\r\n"
+            f"Content-Type: application/ipp\r\nContent-Length: {len(body) + len(data)}\r\n\r\n"
         )
         try:
-            async with asyncio.timeout(TIMEOUT_S + size / (1 << 20)):
-                answer = await self._exchange(head.encode() + body, fd, size)
+            async with asyncio.timeout(TIMEOUT_S):
+                answer = await self._exchange(head.encode() + body + data)
             taken = ipp.take_response(answer)
         except (OSError, IppError) as error:
             words = "no answer in time" if isinstance(error, TimeoutError) else str(error)
@@ -170,7 +173,7 @@ class CupsClient:
             raise CupsRefused(what, response)
         return response
 
-    async def _exchange(self, data: bytes, fd: int, size: int) -> bytes:
+    async def _exchange(self, data: bytes) -> bytes:
         """Send, and return the body of the answer. Raises OSError (TimeoutError and ConnectionError are two)."""
         loop = asyncio.get_running_loop()
         with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as sock:
@@ -178,11 +181,6 @@ class CupsClient:
             await loop.sock_connect(sock, str(self._path))
             try:
                 await loop.sock_sendall(sock, data)
-                if size:
-                    with os.fdopen(os.dup(fd), "rb", buffering=0) as file:
-                        sent = await loop.sock_sendfile(sock, file, 0, size)
-                    if sent != size:
-                        raise OSError(f"the document ends after {sent} of {size} bytes")
             except (BrokenPipeError, ConnectionResetError):
                 pass  # cupsd may refuse before it has read everything
             answer = bytearray()

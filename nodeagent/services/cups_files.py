@@ -123,11 +123,22 @@ if [ -f "$device" ]; then
     fi
 fi
 
+file=$6
+case $3 in
+spool:*) # the job is the path of a document in the spool, which need not be copied for cupsd
+    IFS= read -r file < "$6"
+    if [ ! -f "$file" ]; then
+        echo "ERROR: The document is not in the spool any more." >&2
+        exit 5 # CUPS_BACKEND_CANCEL
+    fi
+    ;;
+esac
+
 left=$4
 while [ "$left" -gt 0 ]; do
     # nocreat: a device that vanishes now must not become a file.
     if ! setpriv --pdeathsig KILL /bin/sh -c '[ "$PPID" = "$1" ] && exec dd if="$2" of="$3" bs=1M \
-        conv=nocreat,notrunc oflag=append status=none' copy $$ "$6" "$device"; then
+        conv=nocreat,notrunc oflag=append status=none' copy $$ "$file" "$device"; then
         echo "ERROR: The printer did not take the data; the job starts again." >&2
         sleep 2 # retry-current-job means at once
         exit 1

@@ -6,6 +6,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable
+from pathlib import Path
 from typing import Protocol
 
 import msgspec
@@ -27,7 +28,7 @@ class PrintServer(Protocol):
     """What the spool needs of cupsd (services/cups.py)."""
 
     async def available(self) -> None: ...
-    async def submit(self, queue: str, key: str, fd: int, size: int, copies: int) -> int: ...
+    async def submit(self, queue: str, key: str, document: Path, copies: int) -> int: ...
     async def jobs(self, first: int = 1) -> dict[str, CupsJob]: ...
     async def cancel(self, job: int) -> None: ...
 

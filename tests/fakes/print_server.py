@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-import os
+from pathlib import Path
 
 from nodeagent.errors import AgentError, Reason
 from nodeagent.services.cups_client import CupsJob
@@ -33,13 +33,13 @@ class FakeCups:
     async def available(self) -> None:
         await self.answers.wait()
 
-    async def submit(self, queue: str, key: str, fd: int, size: int, copies: int = 1) -> int:
+    async def submit(self, queue: str, key: str, document: Path, copies: int = 1) -> int:
         self._check()
         await asyncio.sleep(0)
         if self.fail_before:
             raise self.fail_before.pop(0)
         number = len(self.all) + 1
-        self.printed.append((queue, key, os.pread(fd, size, 0), copies))
+        self.printed.append((queue, key, document.read_bytes(), copies))
         self.all[key] = CupsJob(number, PROCESSING)
         if self.fail_after:
             raise self.fail_after.pop(0)

@@ -316,24 +316,31 @@ async def test_a_simulated_printer_drops_an_unfinished_page(house: House) -> Non
 
 
 async def test_queues_follow_what_is_plugged_in(house: House, spawn: PlainSpawn) -> None:
-    (house.directory / "page").write_bytes(b"%!PS")
-    fd = os.open(house.directory / "page", os.O_RDONLY)
-    try:
-        await house.cups.set_queues(
-            [Queue("q-a", "opencdi:/nonexistent/a", "A"), Queue("q-b", "opencdi:/nonexistent/b", "B")]
-        )
-        with pytest.raises(CupsRefused) as caught:
-            await house.cups.submit("q-p1", "k", fd, 4)
-        assert caught.value.reason is Reason.DEVICE_UNKNOWN
-        number = await house.cups.submit("q-a", "spool:k", fd, 4)
-        assert (await house.cups.jobs(number))["spool:k"].id == number
-        spawn.programs[-1].kill()
-        await house.until_restarted(1)
-        assert "spool:k" in await house.cups.jobs()
-        await house.cups.set_queues([])
-        assert not [j for j in (await house.cups.jobs()).values() if not j.finished]
-    finally:
-        os.close(fd)
+    page = house.directory / "page"
+    page.write_bytes(b"%!PS")
+    await house.cups.set_queues(
+        [Queue("q-a", "opencdi:/nonexistent/a", "A"), Queue("q-b", "opencdi:/nonexistent/b", "B")]
+    )
+    with pytest.raises(CupsRefused) as caught:
+        await house.cups.submit("q-p1", "k", page)
+    assert caught.value.reason is Reason.DEVICE_UNKNOWN
+    number = await house.cups.submit("q-a", "spool:k", page)
+    assert (await house.cups.jobs(number))["spool:k"].id == number
+    spawn.programs[-1].kill()
+    await house.until_restarted(1)
+    assert "spool:k" in await house.cups.jobs()
+    await house.cups.set_queues([])
+    assert not [j for j in (await house.cups.jobs()).values() if not j.finished]
+
+
+async def test_a_job_whose_document_is_gone_from_the_spool_is_cancelled_and_prints_nothing(house: House) -> None:
+    await house.cups.set_queues([Queue("q", f"opencdi:{house.device}", "A")])
+    number = await house.cups.submit("q", "spool:gone", house.directory / "no-such-document")
+    async with asyncio.timeout(10):
+        while not (found := (await house.cups.jobs(number))["spool:gone"]).finished:
+            await asyncio.sleep(0.02)
+    assert found.state == 7
+    assert house.device.read_bytes() == b""
 
 
 async def test_a_cupsd_that_hangs_is_started_again(
