@@ -49,9 +49,9 @@ from nodeagent.seats.roster import Roster
 from nodeagent.seats.seat import Surroundings
 from nodeagent.seats.strays import Strays
 from nodeagent.seats.zygote import Zygote
-from nodeagent.services.cups import Cups
-from nodeagent.services.filters import Filters
-from nodeagent.services.spool import Spool
+from nodeagent.services.printing.cups import Cups
+from nodeagent.services.printing.filters import Filters
+from nodeagent.services.printing.spool import Spool
 from nodeagent.view import View
 from nodeagent.web.app import Web
 

@@ -281,6 +281,8 @@ class ReloadDocument(Document, frozen=True, kw_only=True):
 
 
 class VersionDocument(Document, frozen=True, kw_only=True):
+    """What runs here."""
+
     schema: str = "nodeagent.version/v1"
     version: str
     python: str

@@ -22,8 +22,8 @@ from nodeagent.seats.binding import Binding
 from nodeagent.seats.roster import Roster
 from nodeagent.seats.seat import Seat
 from nodeagent.services import SEAT_SERVICES
-from nodeagent.services.cups import Cups, Queue
-from nodeagent.services.printers import for_cups, prints
+from nodeagent.services.printing.cups import Cups, Queue
+from nodeagent.services.printing.printers import for_cups, prints
 
 log = logging.getLogger(__name__)
 

@@ -24,8 +24,8 @@ from nodeagent.report.outbox import Outbox
 from nodeagent.seats.binding import Binding
 from nodeagent.seats.roster import Roster
 from nodeagent.seats.seat import Seat
-from nodeagent.services.cups import Cups
-from nodeagent.services.spool import Spool
+from nodeagent.services.printing.cups import Cups
+from nodeagent.services.printing.spool import Spool
 
 VERBS = ("status", "devices", "seats", "config", "version")
 OPEN_STATES = (3, 4, 5)

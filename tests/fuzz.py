@@ -23,7 +23,7 @@ from device_plugins import printer
 from nodeagent import config
 from nodeagent.devices import sysfs
 from nodeagent.errors import ConfigError
-from nodeagent.services import ipp_formats
+from nodeagent.services.ipp import formats
 from nodeagent.wire import hid, ipp, seat
 
 ROOT = Path(__file__).parents[1]
@@ -119,7 +119,7 @@ TARGETS = {
     ),
     "device_text": Target(lambda d: sysfs.clean(d.decode(errors="replace")), (), (b"\x1b[31mLaserJet\n",)),
     "document_type": Target(
-        ipp_formats.sniff, (), (b"\x1b%-12345X@PJL ENTER LANGUAGE = PDF\n%PDF-1.4", b"RaS2PwgRaster\0")
+        formats.sniff, (), (b"\x1b%-12345X@PJL ENTER LANGUAGE = PDF\n%PDF-1.4", b"RaS2PwgRaster\0")
     ),
 }
 

@@ -22,8 +22,8 @@ from nodeagent.metrics import Metrics
 from nodeagent.model import PodRef, SandboxKind, SeatState
 from nodeagent.seats.cgroups import CgroupLimits, SeatCgroup, SeatCgroups
 from nodeagent.seats.seat import Seat, SlotBinding, Surroundings
-from nodeagent.services.filters import SeatContext
-from nodeagent.services.spool import Spool
+from nodeagent.services.printing.filters import SeatContext
+from nodeagent.services.printing.spool import Spool
 from nodeagent.transports.unix import listen
 
 log = logging.getLogger(__name__)

@@ -23,8 +23,8 @@ from nodeagent.metrics import Metrics
 from nodeagent.model import Offer, PodRef, SandboxKind, SeatState
 from nodeagent.seats.cgroups import SeatCgroup
 from nodeagent.seats.zygote import Child, Zygote
-from nodeagent.services.printers import for_desktop, for_spool
-from nodeagent.services.spool import Spool
+from nodeagent.services.printing.printers import for_desktop, for_spool
+from nodeagent.services.printing.spool import Spool
 from nodeagent.transports.unix import Channel
 from nodeagent.wire import seat as wire
 from nodeagent.wire.zygote import Limits

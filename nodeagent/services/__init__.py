@@ -49,7 +49,7 @@ class SeatService(Protocol):
         ...
 
 
-SEAT_SERVICES = {"ipp": "nodeagent.services.ipp:IppService"}
+SEAT_SERVICES = {"ipp": "nodeagent.services.ipp.service:IppService"}
 """Service name -> where its class is; `seat_service` loads it (in the zygote: before any seat exists)."""
 
 

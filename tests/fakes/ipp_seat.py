@@ -12,7 +12,7 @@ from pathlib import Path
 import msgspec
 
 from nodeagent.errors import AgentError, Reason
-from nodeagent.services.ipp import IppService
+from nodeagent.services.ipp.service import IppService
 from nodeagent.wire import ipp
 from nodeagent.wire import seat as wire
 

@@ -6,7 +6,7 @@ import asyncio
 from pathlib import Path
 
 from nodeagent.errors import AgentError, Reason
-from nodeagent.services.cups_client import CupsJob
+from nodeagent.services.printing.cups_client import CupsJob
 
 PENDING, PROCESSING, CANCELLED, ABORTED, COMPLETED = 3, 5, 7, 8, 9
 

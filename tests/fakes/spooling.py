@@ -13,9 +13,9 @@ import pytest
 from nodeagent.config import PrintingConfig
 from nodeagent.errors import AgentError
 from nodeagent.metrics import Metrics
-from nodeagent.services.convert import Stage
-from nodeagent.services.cups_watch import PrintServer
-from nodeagent.services.spool import Spool, SpoolPrinter
+from nodeagent.services.printing.convert import Stage
+from nodeagent.services.printing.cups_watch import PrintServer
+from nodeagent.services.printing.spool import Spool, SpoolPrinter
 from nodeagent.wire.seat import CloseDocument, CreateJob, Job
 from tests.fakes.print_server import FakeCups
 

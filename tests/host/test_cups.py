@@ -18,10 +18,10 @@ from nodeagent.config import PrintingConfig
 from nodeagent.errors import AgentError, Reason
 from nodeagent.metrics import Metrics
 from nodeagent.seats.zygote import Zygote
-from nodeagent.services.cups import Cups, CupsRefused, Queue
-from nodeagent.services.cups_files import SEARCH
-from nodeagent.services.filters import Filters, SeatContext
-from nodeagent.services.programs import Spawn
+from nodeagent.services.printing.cups import Cups, CupsRefused, Queue
+from nodeagent.services.printing.cups_files import SEARCH
+from nodeagent.services.printing.filters import Filters, SeatContext
+from nodeagent.services.printing.programs import Spawn
 from nodeagent.wire import ipp
 from tests.fakes.programs import PlainSpawn, make_pdf
 from tests.fakes.spooling import POSTSCRIPT, Spooling, running
@@ -346,12 +346,12 @@ async def test_a_job_whose_document_is_gone_from_the_spool_is_cancelled_and_prin
 async def test_a_cupsd_that_hangs_is_started_again(
     house: House, spawn: PlainSpawn, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("nodeagent.services.cups.PING_S", 0.05)
-    monkeypatch.setattr("nodeagent.services.cups.STOP_S", 0.2)
+    monkeypatch.setattr("nodeagent.services.printing.cups.PING_S", 0.05)
+    monkeypatch.setattr("nodeagent.services.printing.cups.STOP_S", 0.2)
     await house.plug("opencdi:/nonexistent")
     spawn.programs[-1].kill()
     await house.until_restarted(1)  # the new one is looked after with the times above
-    monkeypatch.setattr("nodeagent.services.cups_client.TIMEOUT_S", 0.1)
+    monkeypatch.setattr("nodeagent.services.printing.cups_client.TIMEOUT_S", 0.1)
     os.kill(spawn.programs[-1].pid, 19)
     with pytest.raises(AgentError, match="no answer in time") as caught:
         await house.cups.jobs()

@@ -12,9 +12,9 @@ import pytest
 
 from nodeagent.config import PrintingConfig
 from nodeagent.errors import AgentError, Reason
-from nodeagent.services import convert
-from nodeagent.services.convert import Stage, accepted_formats, plan
-from nodeagent.services.filters import PRIVATE_TMP_BYTES, Filters, SeatContext
+from nodeagent.services.printing import convert
+from nodeagent.services.printing.convert import Stage, accepted_formats, plan
+from nodeagent.services.printing.filters import PRIVATE_TMP_BYTES, Filters, SeatContext
 from tests.fakes.programs import PlainSpawn, make_pdf
 
 PS, PDF, PCL, XL = "application/postscript", "application/pdf", "application/vnd.hp-pcl", "application/vnd.hp-pclxl"

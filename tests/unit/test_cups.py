@@ -8,8 +8,8 @@ import pytest
 
 from nodeagent.errors import AgentError, Reason
 from nodeagent.model import Device, DeviceClass, DeviceNode, UsbDevice
-from nodeagent.services.cups import device_uri
-from nodeagent.services.cups_files import CupsFiles
+from nodeagent.services.printing.cups import device_uri
+from nodeagent.services.printing.cups_files import CupsFiles
 
 STATE = Path("/var/lib/nodeagent")
 LP0 = DeviceNode(path="/dev/usb/lp0", subsystem="usbmisc", major=180, minor=0)
@@ -47,7 +47,7 @@ def test_a_path_that_is_no_uri_is_refused() -> None:
 def test_what_cupsd_finds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, twice: bool) -> None:
     (tmp_path / "sbin").mkdir()
     (tmp_path / "sbin/cupsd").touch(0o755)
-    monkeypatch.setattr("nodeagent.services.cups_files.SEARCH", str(tmp_path / "sbin"))
+    monkeypatch.setattr("nodeagent.services.printing.cups_files.SEARCH", str(tmp_path / "sbin"))
     files = CupsFiles(tmp_path / "state", tmp_path / "run", Path("/usr/lib/cups"))
     for _ in range(2 if twice else 1):
         argv = files.install()
@@ -63,7 +63,7 @@ def test_what_cupsd_finds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, twice
 
 
 def test_without_a_cupsd_it_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("nodeagent.services.cups_files.SEARCH", str(tmp_path))
+    monkeypatch.setattr("nodeagent.services.printing.cups_files.SEARCH", str(tmp_path))
     with pytest.raises(AgentError, match="no cupsd on this system") as caught:
         CupsFiles(tmp_path / "state", tmp_path / "run", tmp_path).install()
     assert caught.value.reason is Reason.UPSTREAM_UNAVAILABLE

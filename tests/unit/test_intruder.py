@@ -14,7 +14,7 @@ from typing import Any
 
 from nodeagent.demo import intruder
 from nodeagent.errors import AgentError, Reason
-from nodeagent.services.ipp import IppService
+from nodeagent.services.ipp.service import IppService
 from nodeagent.wire.seat import CreateJob, JobCreated, Jobs, Message, Printer, Printers, Serve, ToWorker
 
 OWN, OTHER, JOB = "printer-of-b", "printer-of-a", 7

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from nodeagent.errors import Reason
-from nodeagent.services import ipp_incoming
+from nodeagent.services.ipp import incoming
 from nodeagent.wire import ipp
 from nodeagent.wire import seat as wire
 from nodeagent.wire.ipp import Status
@@ -379,7 +379,7 @@ async def test_the_daemon_forgets_a_job_at_once(tmp_path: Path) -> None:
 
 
 async def test_a_job_whose_documents_never_come_is_given_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ipp_incoming, "OPERATION_TIMEOUT_S", 0.05)
+    monkeypatch.setattr(incoming, "OPERATION_TIMEOUT_S", 0.05)
     async with seat(tmp_path) as desk:
         client = desk.connect()
         await client.ask(request(OP.CREATE_JOB))

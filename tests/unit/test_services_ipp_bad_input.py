@@ -10,7 +10,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from nodeagent.errors import Reason
-from nodeagent.services.ipp_formats import sniff
+from nodeagent.services.ipp.formats import sniff
 from nodeagent.wire import ipp
 from nodeagent.wire.ipp import Status
 from tests.fakes.ipp_seat import HEAD, OP, G, chunk, chunked, message_of, post, request, seat

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from nodeagent.errors import Reason
-from nodeagent.services import ipp_answers
+from nodeagent.services.ipp import answers
 from nodeagent.wire import ipp
 from nodeagent.wire import seat as wire
 from nodeagent.wire.ipp import Status
@@ -327,4 +327,4 @@ async def test_nothing_administrative_exists(tmp_path: Path) -> None:
 
 
 def test_texts_are_cut_between_characters() -> None:
-    assert ipp_answers.plain_text("aé" * 10, 5) == "aéa"
+    assert answers.plain_text("aé" * 10, 5) == "aéa"

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from nodeagent.errors import AgentError, Reason
-from nodeagent.services.cups_client import CupsJob
-from nodeagent.services.spool_store import MOVES, State
+from nodeagent.services.printing.cups_client import CupsJob
+from nodeagent.services.printing.spool_store import MOVES, State
 from nodeagent.wire import seat as wire
 from tests.fakes.print_server import ABORTED, CANCELLED, COMPLETED, PROCESSING, FakeCups
 from tests.fakes.programs import count_open

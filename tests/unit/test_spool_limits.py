@@ -9,7 +9,7 @@ import pytest
 
 from nodeagent.config import PrintingConfig
 from nodeagent.errors import Reason
-from nodeagent.services.spool import OPEN_DOCUMENTS
+from nodeagent.services.printing.spool import OPEN_DOCUMENTS
 from nodeagent.wire import seat as wire
 from tests.fakes.print_server import ABORTED, COMPLETED
 from tests.fakes.programs import count_open
@@ -128,7 +128,7 @@ async def test_all_jobs_fit_into_one_message(tmp_path: Path) -> None:
 async def test_a_full_disk_refuses_and_loses_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     async with running(fake_house(tmp_path)) as house:
         first = await house.send(b"1")
-        monkeypatch.setattr("nodeagent.services.spool.MIN_FREE_BYTES", 1 << 60)
+        monkeypatch.setattr("nodeagent.services.printing.spool.MIN_FREE_BYTES", 1 << 60)
         job = await house.incoming()
         assert (await refused(house.spool.open_document("s1", job))).reason is Reason.UPSTREAM_UNAVAILABLE
         assert (await house.ended(first)).state == COMPLETED

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from nodeagent.services.cups_client import CupsJob
+from nodeagent.services.printing.cups_client import CupsJob
 from tests.fakes.print_server import CANCELLED, COMPLETED, PROCESSING, FakeCups
 from tests.fakes.spooling import Spooling, fake_house, files, running
 

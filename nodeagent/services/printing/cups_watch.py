@@ -12,7 +12,7 @@ from typing import Protocol
 import msgspec
 
 from nodeagent.errors import AgentError
-from nodeagent.services.cups_client import CupsJob
+from nodeagent.services.printing.cups_client import CupsJob
 
 log = logging.getLogger(__name__)
 
@@ -25,7 +25,7 @@ PATIENCE = 4
 
 
 class PrintServer(Protocol):
-    """What the spool needs of cupsd (services/cups.py)."""
+    """What the spool needs of cupsd (services/printing/cups.py)."""
 
     async def available(self) -> None: ...
     async def submit(self, queue: str, key: str, document: Path, copies: int) -> int: ...

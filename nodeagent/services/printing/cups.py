@@ -23,9 +23,9 @@ from nodeagent.documents import Peer
 from nodeagent.errors import AgentError, Reason
 from nodeagent.metrics import Metrics
 from nodeagent.model import Device
-from nodeagent.services.cups_client import CupsClient, CupsJob, CupsRefused, Queue
-from nodeagent.services.cups_files import SEARCH, CupsFiles
-from nodeagent.services.programs import Exit, Program, Spawn, listen_to_end
+from nodeagent.services.printing.cups_client import CupsClient, CupsJob, CupsRefused, Queue
+from nodeagent.services.printing.cups_files import SEARCH, CupsFiles
+from nodeagent.services.printing.programs import Exit, Program, Spawn, listen_to_end
 
 __all__ = ["Cups", "CupsJob", "CupsRefused", "Queue", "device_uri"]
 

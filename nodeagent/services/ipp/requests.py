@@ -6,7 +6,7 @@ Sources: RFC 8011 section 4.1.
 from __future__ import annotations
 
 from nodeagent.errors import Reason
-from nodeagent.services.ipp_answers import plain_text
+from nodeagent.services.ipp.answers import plain_text
 from nodeagent.wire import ipp
 from nodeagent.wire.ipp import Group, GroupTag, Request, Response, Status
 

@@ -12,16 +12,16 @@ from collections.abc import Awaitable, Callable, Iterator
 from pathlib import Path
 
 from nodeagent.errors import AgentError, Reason
-from nodeagent.services.convert import Stage, plan
-from nodeagent.services.cups_client import CupsJob, CupsRefused
-from nodeagent.services.cups_watch import CupsWatch, PrintServer
-from nodeagent.services.spool_jobs import Job
-from nodeagent.services.spool_store import SpoolStore, State
+from nodeagent.services.printing.convert import Stage, plan
+from nodeagent.services.printing.cups_client import CupsJob, CupsRefused
+from nodeagent.services.printing.cups_watch import CupsWatch, PrintServer
+from nodeagent.services.printing.spool_jobs import Job
+from nodeagent.services.printing.spool_store import SpoolStore, State
 
 log = logging.getLogger(__name__)
 
 Convert = Callable[[str, tuple[Stage, ...], Path, Path], Awaitable[None]]
-"""Seat, stages, document, new file; raises AgentError (services/filters.py)."""
+"""Seat, stages, document, new file; raises AgentError (services/printing/filters.py)."""
 
 CONVERSIONS = 2
 """At the same time, on the whole node."""

@@ -7,8 +7,8 @@ from collections.abc import Callable
 
 import msgspec
 
-from nodeagent.services.cups_watch import KEY_PREFIX
-from nodeagent.services.spool_store import MOVES, Record, State
+from nodeagent.services.printing.cups_watch import KEY_PREFIX
+from nodeagent.services.printing.spool_store import MOVES, Record, State
 from nodeagent.wire import seat as wire
 
 TITLE_CHARS = 80

@@ -13,10 +13,10 @@ from typing import Protocol
 
 from nodeagent.errors import AgentError, Reason
 from nodeagent.services import Link
-from nodeagent.services.ipp_answers import OPERATION_TIMEOUT_S
-from nodeagent.services.ipp_formats import OCTET_STREAM
-from nodeagent.services.ipp_http import HttpError, Part
-from nodeagent.services.ipp_requests import Refusal
+from nodeagent.services.ipp.answers import OPERATION_TIMEOUT_S
+from nodeagent.services.ipp.formats import OCTET_STREAM
+from nodeagent.services.ipp.http import HttpError, Part
+from nodeagent.services.ipp.requests import Refusal
 from nodeagent.wire.ipp import Status
 from nodeagent.wire.seat import (
     CancelJob,
@@ -34,7 +34,7 @@ from nodeagent.wire.seat import (
 
 
 class Body(Protocol):
-    """Where the document comes from; see `ipp_http.Conversation`."""
+    """Where the document comes from; see `http.Conversation`."""
 
     async def parts(self) -> list[Part]: ...
 

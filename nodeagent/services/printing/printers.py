@@ -6,9 +6,9 @@ from pathlib import Path
 
 from device_plugins import printer as printers
 from nodeagent.model import Device, Offer
-from nodeagent.services.convert import accepted_formats
-from nodeagent.services.cups import Queue, device_uri
-from nodeagent.services.spool import SpoolPrinter
+from nodeagent.services.printing.convert import accepted_formats
+from nodeagent.services.printing.cups import Queue, device_uri
+from nodeagent.services.printing.spool import SpoolPrinter
 from nodeagent.wire import seat as wire
 
 

@@ -15,8 +15,8 @@ from datetime import UTC, datetime
 
 import msgspec
 
-from nodeagent.services import ipp_media
-from nodeagent.services.ipp_formats import OCTET_STREAM
+from nodeagent.services.ipp import media
+from nodeagent.services.ipp.formats import OCTET_STREAM
 from nodeagent.wire import ipp
 from nodeagent.wire.seat import Job, Printer
 
@@ -44,7 +44,7 @@ TEMPLATE: tuple[ipp.Attribute, ...] = (
     ipp.integer("job-priority-supported", 1),
     ipp.name("job-sheets-default", "none", "none"),
     ipp.name("job-sheets-supported", "none"),
-    *ipp_media.TEMPLATE,
+    *media.TEMPLATE,
     ipp.integer("number-up-default", 1),
     ipp.integer("number-up-supported", 1),
     ipp.no_value("orientation-requested-default"),
@@ -198,8 +198,8 @@ def printer_group(printer: Printer, seat: Seat, requested: tuple[str, ...]) -> i
     """The printer's attributes that `requested` (requested-attributes; empty: all) asks for."""
     groups = {"printer-description": _printer_description(printer, seat), "job-template": TEMPLATE}
     found = select(requested, groups)
-    if ipp_media.DATABASE.name in requested:
-        found = (*found, ipp_media.DATABASE)
+    if media.DATABASE.name in requested:
+        found = (*found, media.DATABASE)
     return ipp.Group(ipp.GroupTag.PRINTER, found)
 
 
@@ -271,8 +271,8 @@ def _is_our_media(data: ipp.Data) -> bool:
         if member.name == "media-size":
             size = member.data if isinstance(member.data, ipp.Collection) else ipp.Collection(())
             dimensions = tuple(d.data if (d := size.get(name)) else None for name in ("x-dimension", "y-dimension"))
-            if dimensions not in ipp_media.SIZES.values():
+            if dimensions not in media.SIZES.values():
                 return False
-        elif member.name not in ipp_media.COL_MEMBERS:
+        elif member.name not in media.COL_MEMBERS:
             return False
     return True

@@ -1,12 +1,7 @@
 """Printing, the seat side: IPP over HTTP on the seat's sockets, spoken with the stock CUPS client and print dialogs.
 
-    ipp_http        bytes <-> HTTP requests of one connection        ipp_formats   what a document is
-    ipp_requests    what every request must be                       ipp_answers   printers and jobs as attributes
-    ipp_operations  what may be asked, and by which rules            ipp_media     paper
-    ipp_incoming    documents on their way into the spool
-
 Runs in the seat's unprivileged worker. What comes over the socket is hostile; what it can cost is limited by `Serve`
-and by the constants of `ipp_http` and `wire.ipp`.
+and by the constants of `http` and `wire.ipp`.
 """
 
 from __future__ import annotations
@@ -18,9 +13,9 @@ from collections.abc import Callable
 
 from nodeagent.errors import Reason
 from nodeagent.services import Link
-from nodeagent.services.ipp_http import IPP_MIME, Conversation, HttpError, Traffic
-from nodeagent.services.ipp_operations import Operations
-from nodeagent.services.ipp_requests import response
+from nodeagent.services.ipp.http import IPP_MIME, Conversation, HttpError, Traffic
+from nodeagent.services.ipp.operations import Operations
+from nodeagent.services.ipp.requests import response
 from nodeagent.wire import ipp
 from nodeagent.wire.seat import Counters, Jobs, Printers, Serve
 

@@ -14,11 +14,12 @@ from collections.abc import Awaitable, Callable
 import msgspec
 
 from nodeagent.errors import AgentError, Reason
-from nodeagent.services import Link, ipp_answers
-from nodeagent.services.ipp_answers import JOB_CANCELED, JOB_INCOMING, JOB_PENDING, JOB_PROCESSING
-from nodeagent.services.ipp_formats import OCTET_STREAM, SNIFF_BYTES, decide, is_untyped
-from nodeagent.services.ipp_incoming import Body, IncomingJobs, peek
-from nodeagent.services.ipp_requests import (
+from nodeagent.services import Link
+from nodeagent.services.ipp import answers
+from nodeagent.services.ipp.answers import JOB_CANCELED, JOB_INCOMING, JOB_PENDING, JOB_PROCESSING
+from nodeagent.services.ipp.formats import OCTET_STREAM, SNIFF_BYTES, decide, is_untyped
+from nodeagent.services.ipp.incoming import Body, IncomingJobs, peek
+from nodeagent.services.ipp.requests import (
     ALL_PATHS,
     DEFAULT_PATHS,
     Refusal,
@@ -117,8 +118,8 @@ class Operations:
 
     # ---- what a request is about
 
-    def _seat(self) -> ipp_answers.Seat:
-        return ipp_answers.Seat(
+    def _seat(self) -> answers.Seat:
+        return answers.Seat(
             desktop=self._serve.desktop,
             now=self._clock(),
             changed_s=self._changed_s,
@@ -167,7 +168,7 @@ class Operations:
 
     def _checked_template(self, request: Request) -> tuple[ipp.Attribute, ...]:
         """The job attributes that will be ignored. Raises Refusal when the client wants all or nothing."""
-        unsupported = ipp_answers.unsupported_attributes(request.group(GroupTag.JOB))
+        unsupported = answers.unsupported_attributes(request.group(GroupTag.JOB))
         if unsupported and request.group(GroupTag.OPERATION).boolean("ipp-attribute-fidelity"):
             raise Refusal(
                 Status.ATTRIBUTES_OR_VALUES_NOT_SUPPORTED, "job attributes that are not supported", None, unsupported
@@ -192,11 +193,11 @@ class Operations:
     async def _new_job(self, request: Request, printer: Printer) -> Job:
         operation, template = request.group(GroupTag.OPERATION), request.group(GroupTag.JOB)
         title = operation.text("job-name") or operation.text("document-name") or ""
-        title = ipp_answers.plain_text(title) or "Untitled"
-        user = ipp_answers.plain_text(operation.text("requesting-user-name") or "")
+        title = answers.plain_text(title) or "Untitled"
+        user = answers.plain_text(operation.text("requesting-user-name") or "")
         copies = template.get("copies")
         count = copies.data if copies is not None and type(copies.data) is int else 1
-        count = count if 1 <= count <= ipp_answers.MAX_COPIES else 1
+        count = count if 1 <= count <= answers.MAX_COPIES else 1
         number = await self._incoming.create(printer, title, user, count)
         self._users[number] = user
         if number not in self._jobs:
@@ -264,7 +265,7 @@ class Operations:
 
     def _job_answer(self, job: Job, ignored: tuple[ipp.Attribute, ...]) -> Answer:
         wanted = ("job-id", "job-uri", "job-state", "job-state-reasons", "job-state-message")
-        group = ipp_answers.job_group(job, self._seat(), wanted)
+        group = answers.job_group(job, self._seat(), wanted)
         if ignored:
             return Status.OK_IGNORED_OR_SUBSTITUTED, (Group(GroupTag.UNSUPPORTED, ignored), group)
         return Status.OK, (group,)
@@ -296,15 +297,15 @@ class Operations:
     async def _get_printer_attributes(self, request: Request, body: Body) -> Answer:
         printer = self._printer(request)
         self._declared_format(request, printer)
-        return Status.OK, (ipp_answers.printer_group(printer, self._seat(), requested(request)),)
+        return Status.OK, (answers.printer_group(printer, self._seat(), requested(request)),)
 
     async def _get_job_attributes(self, request: Request, body: Body) -> Answer:
-        return Status.OK, (ipp_answers.job_group(self._job(request), self._seat(), requested(request)),)
+        return Status.OK, (answers.job_group(self._job(request), self._seat(), requested(request)),)
 
     async def _get_jobs(self, request: Request, body: Body) -> Answer:
         operation = request.group(GroupTag.OPERATION)
         which = operation.text("which-jobs") or "not-completed"
-        if which not in ipp_answers.WHICH_JOBS:
+        if which not in answers.WHICH_JOBS:
             raise Refusal(
                 Status.ATTRIBUTES_OR_VALUES_NOT_SUPPORTED, "no such kind of jobs", None,
                 (ipp.keyword("which-jobs", which),),
@@ -314,7 +315,7 @@ class Operations:
         jobs = [job for job in mine if _is_which(job, which) and job.id >= first]
         jobs.sort(key=lambda job: job.id, reverse=which == "completed")
         wanted, seat = requested(request) or _DEFAULT_JOB_ATTRIBUTES, self._seat()
-        return Status.OK, tuple(ipp_answers.job_group(job, seat, wanted) for job in jobs[: limit(request)])
+        return Status.OK, tuple(answers.job_group(job, seat, wanted) for job in jobs[: limit(request)])
 
     def _jobs_of(self, request: Request, *, only_mine: bool) -> list[Job]:
         """The jobs of the printer that printer-uri names; `/` and `/printers/` stand for all printers of the seat.
@@ -325,7 +326,7 @@ class Operations:
             jobs = [job for job in jobs if job.printer == printer.name]
         user = request.group(GroupTag.OPERATION).text("requesting-user-name")
         if only_mine and user is not None:
-            me = ipp_answers.plain_text(user)
+            me = answers.plain_text(user)
             jobs = [job for job in jobs if self._users.get(job.id, me) == me]
         return jobs
 
@@ -333,7 +334,7 @@ class Operations:
         printer = next(iter(self._printers.values()), None)
         if printer is None:
             raise Refusal(Status.NOT_FOUND, "this desktop has no printer")
-        return Status.OK, (ipp_answers.printer_group(printer, self._seat(), requested(request)),)
+        return Status.OK, (answers.printer_group(printer, self._seat(), requested(request)),)
 
     async def _get_printers(self, request: Request, body: Body) -> Answer:
         operation = request.group(GroupTag.OPERATION)
@@ -343,10 +344,10 @@ class Operations:
         if first in names:
             printers = printers[names.index(first) :]
         mask = operation.integer("printer-type-mask") or 0
-        if (operation.integer("printer-type") or 0) & mask != ipp_answers.PRINTER_TYPE & mask:
+        if (operation.integer("printer-type") or 0) & mask != answers.PRINTER_TYPE & mask:
             printers = []
         wanted, seat = requested(request), self._seat()
-        return Status.OK, tuple(ipp_answers.printer_group(each, seat, wanted) for each in printers[: limit(request)])
+        return Status.OK, tuple(answers.printer_group(each, seat, wanted) for each in printers[: limit(request)])
 
     async def _get_classes(self, request: Request, body: Body) -> Answer:
         """There are none; `lpstat -t` asks and takes an error badly."""
@@ -369,11 +370,11 @@ def _is_which(job: Job, which: str) -> bool:
 
 def _check_format(mime: str, printer: Printer) -> None:
     if mime not in printer.formats:
-        found = "this is none of these" if mime == OCTET_STREAM else f"not {ipp_answers.plain_text(mime, 60)}"
+        found = "this is none of these" if mime == OCTET_STREAM else f"not {answers.plain_text(mime, 60)}"
         known = ", ".join(printer.formats)
         raise Refusal(
             Status.DOCUMENT_FORMAT_NOT_SUPPORTED, f"printer {printer.name} takes only {known}; {found}",
-            Reason.NOT_SUPPORTED, (ipp.mime("document-format", ipp_answers.plain_text(mime)),),
+            Reason.NOT_SUPPORTED, (ipp.mime("document-format", answers.plain_text(mime)),),
         )  # fmt: skip
 
 

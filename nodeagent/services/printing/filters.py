@@ -16,8 +16,8 @@ import msgspec
 
 from nodeagent.config import PrintingConfig
 from nodeagent.errors import AgentError, Reason
-from nodeagent.services.convert import Stage
-from nodeagent.services.programs import Spawn, listen_to_end
+from nodeagent.services.printing.convert import Stage
+from nodeagent.services.printing.programs import Spawn, listen_to_end
 from nodeagent.wire.zygote import Limits
 
 log = logging.getLogger(__name__)

@@ -23,11 +23,11 @@ import msgspec
 from nodeagent.config import PrintingConfig
 from nodeagent.errors import AgentError, Reason
 from nodeagent.metrics import Metrics
-from nodeagent.services.carriage import Carriage, Convert
-from nodeagent.services.convert import plan
-from nodeagent.services.cups_watch import CupsWatch, PrintServer
-from nodeagent.services.spool_jobs import Job, SeatJobs, SpoolPrinter
-from nodeagent.services.spool_store import (
+from nodeagent.services.printing.carriage import Carriage, Convert
+from nodeagent.services.printing.convert import plan
+from nodeagent.services.printing.cups_watch import CupsWatch, PrintServer
+from nodeagent.services.printing.spool_jobs import Job, SeatJobs, SpoolPrinter
+from nodeagent.services.printing.spool_store import (
     MAX_JOB,
     NUMBERS_AHEAD,
     SEAT_NAME,
