@@ -101,6 +101,7 @@ class Binding:
         self._cri, self._pod_resources, self._account = cri, pod_resources, account
         self._report, self._metrics, self._on_release, self._now = report, metrics, on_release, now
         self._lock = asyncio.Lock()
+        self._seen_s: dict[str, float] = {}  # slot -> when its pod was last seen to want it
         self._judged: dict[str, None] = {}  # containers whose mount was looked at, oldest first
 
     # ---- the kubelet's calls (devices.plugin.Allocator)
@@ -171,14 +172,14 @@ class Binding:
 
     async def compare(self) -> None:
         """One comparison of leases, CRI and PodResources. CRI being away changes nothing but `cri_error`."""
+        asked_s = self._now()
         try:
             view = await self._cri.fresh()
         except AgentError as error:
             self.cri_error = error.message
             return
         self.cri_error = ""
-        async with self._lock:
-            await self._release_dead(view)
+        await self._release_dead(view, asked_s)
         await self._roster.clear_spool({s.pod.uid for s in view.sandboxes if s.ready})
         for seen in self._seen(view):
             account = None
@@ -265,23 +266,31 @@ class Binding:
             except AgentError as error:
                 log.error("cannot restart container %s of pod %s: %s", seen.container.name, seen.sandbox.pod, error)
 
-    async def _release_dead(self, view: CriView) -> None:
-        """End what belongs to pods that have no ready sandbox any more, and directories that belong to nobody."""
+    async def _release_dead(self, view: CriView, asked_s: float) -> None:
+        """End what belongs to pods that have no ready sandbox any more, and directories that belong to nobody.
+
+        One at a time, so that an Allocate never waits for a node that is being drained. A pod that was seen after the
+        question was asked may be missing in the answer and yet live.
+        """
         alive = {s.pod.uid for s in view.sandboxes if s.ready}
         for lease in self._leases.leases:
             if lease.pod is not None and lease.pod.uid not in alive:
-                await self._release(lease)
-        for seat in tuple(self._roster.seats.values()):
-            if seat.pod.uid not in alive:
-                self._roster.end(seat.name)
-        mounts = {source for c in view.containers for source in c.mounts.values()}
-        for name in self._slots.names() - {x.slot for x in self._leases.leases}:
-            if str(self._slots.path(name)) not in mounts and self._roster.holder(name) is None:
-                self._slots.discard(self._slots.set_aside(name))
+                async with self._lock:
+                    if lease in self._leases.leases and self._seen_s.get(lease.slot, 0.0) < asked_s:
+                        await self._release(lease)
+        async with self._lock:
+            for seat in tuple(self._roster.seats.values()):
+                if seat.pod.uid not in alive and seat.since_s < asked_s:
+                    self._roster.end(seat.name)
+            mounts = {source for c in view.containers for source in c.mounts.values()}
+            for name in self._slots.names() - {x.slot for x in self._leases.leases}:
+                if str(self._slots.path(name)) not in mounts and self._roster.holder(name) is None:
+                    self._slots.discard(self._slots.set_aside(name))
 
     async def _release(self, lease: Lease) -> None:
         holder = self._roster.holder(lease.slot)
         await self._leases.release(lease.slot)
+        self._seen_s.pop(lease.slot, None)
         self.refusals.pop(lease.slot, None)
         if holder is None or holder.pod == lease.pod:
             self._roster.vacate(lease.slot)
@@ -312,6 +321,7 @@ class Binding:
         self, name: str, resource: Resource, ids: tuple[str, ...], sandbox: Sandbox, account: str | None
     ) -> None:
         """Raise AgentError unless the pod may have the slot. A refused pod is noted as its holder, with no container."""
+        self._seen_s[name] = self._now()
         offers = [resource.offers[i] for i in ids if i in resource.offers]
         try:
             admit(resource.to, offers, sandbox, kind_of(sandbox.handler, self.config.cri.handlers), account)
@@ -341,6 +351,7 @@ class Binding:
             if not running:
                 self._slots.discard(self._slots.set_aside(name))
             await self._leases.adopt(resource.name, ids, name, self._now())
+        self._seen_s[name] = self._now()
         await self._leases.bind(name, sandbox.pod, container, sandbox.id)
         self.refusals.pop(name, None)
         await self._occupy(name, resource, ids, sandbox, container)

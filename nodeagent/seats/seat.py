@@ -110,9 +110,9 @@ class Seat:
     def join(self, binding: SlotBinding) -> None:
         """Add a slot; a running worker starts to serve its sockets at once."""
         self.slots[binding.name] = binding
+        self.push()
         for service, listener in binding.listeners.items():
             self._serve(service, [listener])
-        self.push()
 
     def leave(self, slot: str) -> SlotBinding | None:
         """Take a slot out. Its sockets are closed; the worker is made anew if other slots remain, since it holds duplicates."""
@@ -186,9 +186,9 @@ class Seat:
             for binding in self.slots.values():
                 for service, listener in binding.listeners.items():
                     listeners.setdefault(service, []).append(listener)
+            self.push()  # first: who waits in the backlog must not find a seat without printers
             for service, sockets in listeners.items():
                 self._serve(service, sockets)
-            self.push()
             reason = await self._converse(self._channel)
         except asyncio.CancelledError:
             self._send(wire.Stop())

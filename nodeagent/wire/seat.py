@@ -5,8 +5,8 @@ most `MAX_FDS` descriptors beside it (SCM_RIGHTS). The daemon treats a worker as
 decoded strictly into `FromWorker`, and any failure to decode ends that worker.
 
     daemon                                   worker
+    Printers(...), Jobs(...)          ->
     Serve(service) + listening fds    ->
-    Printers(...)                     ->
                                       <-     Ready
                                       <-     CreateJob(request=1, printer, title)
     JobCreated(request=1, job)        ->

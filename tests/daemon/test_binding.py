@@ -177,3 +177,15 @@ async def test_an_unplugged_printer_that_is_held_stays_listed_and_comes_back(hou
         await house.source.reload()
         house.end(desk)
         await eventually(lambda: not active.binding.resources[PRINTER].offers)
+
+
+async def test_a_pod_that_came_while_the_runtime_was_being_asked_is_not_taken_for_dead(house: House) -> None:
+    desk = pod("desk")
+    async with house.life() as active:
+        await house.kubelet.until(lambda: len(house.kubelet.allocatable(PRINTER)) == 1)
+        before = await active.binding._cri.fresh()
+        asked_s = active.binding._now()
+        await house.run(desk)
+        await active.binding._release_dead(before, asked_s)
+        assert [x.pod.name for x in active.leases.leases if x.pod] == ["desk"]
+        assert house.seat(active, desk).state is SeatState.LIVE

@@ -177,10 +177,10 @@ async def test_two_resources_in_one_container_are_one_seat(house: House) -> None
         assert len(active.roster.seats) == 1
         seat = house.seat(active, desk)
         assert len(seat.slots) == 2 and len(seat.device_ids) == 2
-        for device, serial in zip(sorted(seat.device_ids), (None, None), strict=True):
+        for device in seat.device_ids:
             # each socket serves both printers, since of two CUPS_SERVERs the kubelet keeps one
             code, said = await lp(house.slot(desk, resource=a), TEXT, printer=device)
-            assert code == 0 and serial is None, said
+            assert code == 0, said
         await eventually(lambda: all(house.output(s).exists() for s in ("P1", "P2")))
 
 
@@ -199,15 +199,19 @@ async def test_a_bad_reload_keeps_the_old_configuration(house: House) -> None:
 
 
 async def test_two_hundred_prestarts_at_once(house: House) -> None:
-    house.save(simulated=[{"model": "printer", "serial": f"P{n}"} for n in range(200)])
+    pods = 40
+    house.save(simulated=[{"model": "printer", "serial": f"P{n}"} for n in range(pods)])
     async with house.life() as active:
-        await house.kubelet.until(lambda: len(house.kubelet.allocatable(PRINTER)) == 200)
-        desks = [pod(f"desk-{n}", labels={}) for n in range(200)]
-        house.raw["devices"]["rules"] = []
+        await house.kubelet.until(lambda: len(house.kubelet.allocatable(PRINTER)) == pods)
+        desks = [pod(f"desk-{n}") for n in range(pods)]
         for desk in desks:
             house.sandbox(desk)
             await house.kubelet.admit(desk)
         lists = house.kubelet.lists
-        # binding 200 seats would start 200 workers; what is asked here is the kubelet's side of it
-        await asyncio.gather(*(active.binding._pod_resources.fresh() for _ in desks))
-        assert house.kubelet.lists - lists <= 3
+        await asyncio.gather(*(house.kubelet.pre_start(desk, "desktop") for desk in desks for _ in range(5)))
+        assert house.kubelet.lists - lists < 40, "200 calls share their Lists; the kubelet allows 100 a second"
+        assert {s.pod.name for s in active.roster.seats.values()} == {d.name for d in desks}
+        assert all(s.state is SeatState.LIVE for s in active.roster.seats.values())
+        pids = {s.worker_pid for s in active.roster.seats.values()}
+        uids = {s.uid for s in active.roster.seats.values()}
+        assert len(pids) == len(uids) == pods

@@ -124,13 +124,13 @@ class Scene:
         """The nth worker's end, after it was told what to serve."""
         await eventually(lambda: len(self.zygote.workers) > number)
         channel = self.zygote.workers[number][1]
-        serve, fds = await self.hear(channel)
+        printers, _ = await self.hear(channel)
+        assert isinstance(printers, wire.Printers) and [p.name for p in printers.printers] == ["printer-a"]
+        assert isinstance((await self.hear(channel))[0], wire.Jobs)
+        serve, fds = await self.hear(channel)  # last: a client in the backlog must find its printers
         assert isinstance(serve, wire.Serve) and len(fds) == 1 and serve.desktop == "ns/desk"
         for fd in fds:
             os.close(fd)
-        printers, _ = await self.hear(channel)
-        assert isinstance(printers, wire.Printers) and [p.name for p in printers.printers] == ["printer-a"]
-        await self.hear(channel)  # Jobs
         return channel
 
     @staticmethod
