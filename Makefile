@@ -21,7 +21,7 @@ run: $(VENV)/.run  ## as root: the daemon on this node with two gVisor desktops,
 	@.ci/packages run
 	@exec $(PY) -m nodeagent demo $(if $(ONCE),--once)
 
-test: $(VENV)/.test  ## everything this machine can test: unit, daemon, host (root), vm; what is skipped says why
+test: $(VENV)/.test  ## everything this machine can test: unit, daemon, host (root); what is skipped says why
 	@.ci/packages test
 	@exec $(PY) -m pytest $(TESTS)
 

@@ -50,7 +50,8 @@ def versus(
     ratios = [a / b for a, b in zip(ours, peer, strict=True)]
     return Result(
         name=name, unit=unit, ours=_round(statistics.median(ours)), peer=_round(statistics.median(peer)), peer_name=peer_name,
-        ratio=_round(statistics.median(ratios)), better="higher", n=len(ours), ci95=interval(ratios), note=note,
+        ratio=_round(statistics.median(ours) / statistics.median(peer)), better="higher", n=len(ours),
+        ci95=interval(ratios), note=note,
     )  # fmt: skip
 
 

@@ -133,8 +133,8 @@ class SeatsConfig(Section, frozen=True):
 
 class PrintingConfig(Section, frozen=True):
     max_document_mib: Annotated[int, Meta(ge=1, le=16384)] = 512
-    jobs_per_seat: Annotated[int, Meta(ge=1, le=1000)] = 32
-    """Unfinished jobs a seat may have."""
+    jobs_per_seat: Annotated[int, Meta(ge=1, le=64)] = 32
+    """Unfinished jobs a seat may have (wire.seat.MAX_JOBS)."""
     spool_per_seat_mib: Annotated[int, Meta(ge=1, le=65536)] = 1024
     filter_timeout: Seconds = 300.0
     server_bin: str = "/usr/lib/cups"
@@ -287,6 +287,19 @@ def _check_http(http: HttpConfig) -> None:
         raise ConfigError("http.auth: 'token' is not supported by this version", hint="none or mtls")
     if http.auth == "mtls" and not (http.tls.cert and http.tls.client_ca):
         raise ConfigError("http.auth: mtls needs tls.cert, tls.key and tls.client_ca")
+
+
+def run_dir_of(path: Path) -> str:
+    """Where the daemon that was started with this file is reached, also when the file cannot be used any more.
+
+    The daemon keeps what it had; whoever asks it why needs nothing else of the file. Never raises.
+    """
+    try:
+        raw = yaml.load(path.read_bytes()[:MAX_CONFIG_BYTES].decode(errors="replace"), _UniqueKeyLoader)  # noqa: S506
+        found = raw.get("run_dir") if isinstance(raw, dict) else None
+    except (OSError, yaml.YAMLError, RecursionError, ValueError):
+        found = None
+    return found if isinstance(found, str) and Path(found).is_absolute() else Config.run_dir
 
 
 def node_name(config: Config) -> str:

@@ -107,6 +107,7 @@ async def serve(
             inventory = await stack.enter_async_context(Inventory(host, config.devices, key, held=view.held))
             view.inventory = inventory
             source.on_config.append(lambda new: inventory.reconfigure(new.devices))
+            source.on_config.append(lambda new: logs.configure(new.log))
             tasks.create_task(zygote.run(), name="zygote")
             if os.getpid() == 1:
                 tasks.create_task(_reap(Strays()), name="strays")

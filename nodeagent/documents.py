@@ -206,6 +206,7 @@ class JobCounts(Row, frozen=True, kw_only=True):
 
     open: int = 0
     done: int = 0
+    cancelled: int = 0
     failed: int = 0
 
 

@@ -86,7 +86,7 @@ class UsbDevice(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Device(msgspec.Struct, frozen=True, kw_only=True):
-    """A device with a class and a stable id (`printer-` + 20 base32 characters; contracts: Device id)."""
+    """A device with a class and a stable id (`printer-` + 20 base32 characters; devices/identity)."""
 
     id: str
     cls: DeviceClass

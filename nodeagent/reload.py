@@ -23,8 +23,7 @@ log = logging.getLogger(__name__)
 LOOK_S = 2.0
 """A changed file is noticed within this; ConfigMap volumes change by renaming a directory, so the path is looked at anew."""
 CHANGEABLE = ("devices", "log")
-"""Sections that take effect at once; `seats` and `printing` do so for new seats, everything else at the next start."""
-FOR_NEW_SEATS = ("seats", "printing")
+"""Sections that take effect at once; everything else does at the next start."""
 NO_FILE = (0, 0, 0)
 
 
@@ -79,12 +78,12 @@ class Reload:
         self._metrics.config_reloads.labels("accepted").inc()
         names = [f.name for f in msgspec.structs.fields(Config)]
         differs = tuple(n for n in names if getattr(config, n) != getattr(self.config, n))
-        self.needs_restart = tuple(n for n in differs if n not in CHANGEABLE + FOR_NEW_SEATS)
+        self.needs_restart = tuple(n for n in differs if n not in CHANGEABLE)
         if self.needs_restart:
             log.warning(
                 "configuration: %s takes effect when the daemon is started again", ", ".join(self.needs_restart)
             )
-        usable = {n: getattr(config, n) for n in differs if n in CHANGEABLE + FOR_NEW_SEATS}
+        usable = {n: getattr(config, n) for n in differs if n in CHANGEABLE}
         if usable:
             self.config = msgspec.structs.replace(self.config, **usable)
             for callback in self.on_config:

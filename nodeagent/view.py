@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import time
-from typing import Protocol
+from typing import Literal, Protocol
 
 import nodeagent
 from nodeagent import documents as doc
@@ -29,7 +29,7 @@ from nodeagent.services.printing.spool import Spool
 
 VERBS = ("status", "devices", "seats", "config", "version")
 OPEN_STATES = (3, 4, 5)
-COMPLETED = 9
+CANCELLED, ABORTED, COMPLETED = 7, 8, 9
 
 
 class ActiveParts(Protocol):
@@ -189,7 +189,8 @@ class View:
             jobs=doc.JobCounts(
                 open=sum(j.state in OPEN_STATES for j in jobs),
                 done=sum(j.state == COMPLETED for j in jobs),
-                failed=sum(j.state not in (*OPEN_STATES, COMPLETED) for j in jobs),
+                cancelled=sum(j.state == CANCELLED for j in jobs),
+                failed=sum(j.state == ABORTED for j in jobs),
             ),
             bytes_in=bytes_in,
             bytes_out=bytes_out,
@@ -209,6 +210,7 @@ class View:
                     registered=registration.state is RegistrationState.REGISTERED,
                     devices=len(offers),
                     healthy=sum(o.device.present for o in offers.values()),
+                    since_s=registration.since_s if registration.state is RegistrationState.REGISTERED else 0,
                     message=registration.detail,
                 )
             )
@@ -229,7 +231,8 @@ class View:
         if self.active is None:
             return doc.Peer(name="container runtime", state="starting")
         error = self.active.binding.cri_error
-        return doc.Peer(name="container runtime", state="unreachable" if error else "connected", message=error)
+        state: Literal["unreachable", "connected"] = "unreachable" if error else "connected"
+        return doc.Peer(name="container runtime", state=state, since_s=self.active.binding.cri_since_s, message=error)
 
     def _problems(self) -> list[doc.Problem]:
         source, active = self._source, self.active

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import errno
 import os
+import signal
 import socket
+import threading
 from pathlib import Path
 from typing import TypeVar
 
@@ -96,6 +98,9 @@ def _call(run_dir: str | Path, method: str, request: object) -> bytes:
 
     from nodeagent.wire.pb.nodeagent.v1 import agent_pb2
 
+    # Ctrl-C ends the command by itself: a KeyboardInterrupt that falls into one of gRPC's callbacks is swallowed there.
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
     options = [
         ("grpc.max_receive_message_length", 16 << 20),
         ("grpc.enable_http_proxy", 0),

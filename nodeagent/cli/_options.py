@@ -7,7 +7,7 @@ from pathlib import Path
 
 import msgspec
 
-from nodeagent.config import DEFAULT_PATH, Config, load
+from nodeagent.config import DEFAULT_PATH, Config, load, run_dir_of
 from nodeagent.errors import ConfigError
 
 
@@ -33,6 +33,20 @@ def configuration(args: argparse.Namespace) -> Loaded:
     if args.config is None and not path.exists():
         return Loaded(Config(), "")
     return Loaded(load_named(path), str(path))
+
+
+def run_dir(args: argparse.Namespace) -> str:
+    """Where the daemon is asked. A file that cannot be used any more does not keep it from answering: it tells why.
+
+    Raises ConfigError for a file that is named and is not there.
+    """
+    try:
+        return configuration(args).config.run_dir
+    except ConfigError:
+        path: Path = args.config or DEFAULT_PATH
+        if not path.exists():
+            raise
+        return run_dir_of(path)
 
 
 def load_named(path: Path) -> Config:

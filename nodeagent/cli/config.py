@@ -42,12 +42,12 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _show(args: argparse.Namespace) -> int:
-    loaded = _options.configuration(args)
     if args.running:
-        raw = _client.ask(loaded.config.run_dir, NAME)
+        raw = _client.ask(_options.run_dir(args), NAME)
         asked = _client.decode(raw, ConfigDocument)
         emit(raw, args.output, lambda paint: _shown(asked, paint))
         return cli.FINE
+    loaded = _options.configuration(args)
     document = ConfigDocument(source="file" if loaded.path else "defaults", path=loaded.path, config=loaded.config)
     emit(document, args.output, lambda paint: _shown(document, paint))
     return cli.FINE
@@ -111,7 +111,7 @@ def _schema(args: argparse.Namespace) -> int:
 
 
 def _reload(args: argparse.Namespace) -> int:
-    raw = _client.reload(_options.configuration(args).config.run_dir)
+    raw = _client.reload(_options.run_dir(args))
     document = _client.decode(raw, ReloadDocument)
     said = "read again and in use" if document.changed else "read again; it says what was already in use"
     emit(raw, args.output, lambda paint: f"{visible(document.path)}: {said}")

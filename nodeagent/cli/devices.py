@@ -61,12 +61,15 @@ def table(document: DevicesDocument, paint: Paint) -> str:
 
 
 def device_table(devices: Sequence[DeviceRow], paint: Paint) -> str:
+    """One row per device; below them, why some are not offered."""
     heads = ("ID", "CLASS", "NAME", "USB ID", "PORT", "STATE", "RESOURCE", "RULE", "HELD BY")
     lines = [columns(heads, [_row(device) for device in devices], paint)]
     refused = [device for device in devices if device.unoffered]
     if refused:
         lines.append("")
-    lines += [f"not offered: {visible(device.id or device.port)}: {visible(device.unoffered)}" for device in refused]
+    lines += [
+        f"not offered: {visible(d.id or d.port)}: {visible(d.unoffered.removeprefix(d.id + ': '))}" for d in refused
+    ]
     return "\n".join(lines)
 
 

@@ -24,7 +24,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    raw = _client.ask(_options.configuration(args).config.run_dir, NAME)
+    raw = _client.ask(_options.run_dir(args), NAME)
     document = _client.decode(raw, SeatsDocument)
     if args.namespace is None:
         emit(raw, args.output, lambda paint: table(document, paint))
@@ -56,7 +56,8 @@ def _row(seat: SeatRow) -> list[str | Cell]:
         for device in seat.devices
     ]
     worker = seat.worker
-    restarts = f", {worker.restarts} restarts" if worker and worker.restarts else ""
+    count = worker.restarts if worker else 0
+    restarts = f", {count} restart{'' if count == 1 else 's'}" if count else ""
     jobs = seat.jobs
     return [
         str(seat.pod),
@@ -66,7 +67,9 @@ def _row(seat: SeatRow) -> list[str | Cell]:
         ", ".join(devices),
         ", ".join(seat.services),
         f"{worker.pid or 'none'} uid {worker.uid}{restarts}" if worker else "",
-        f"{jobs.open} open, {jobs.done} done" + (f", {jobs.failed} failed" if jobs.failed else ""),
+        f"{jobs.open} open, {jobs.done} done"
+        + (f", {jobs.cancelled} cancelled" if jobs.cancelled else "")
+        + (f", {jobs.failed} failed" if jobs.failed else ""),
         f"{amount(seat.bytes_in)}/{amount(seat.bytes_out)}",
         Cell(", ".join(f"{count} {reason}" for reason, count in sorted(seat.denied.items())), "yellow"),
     ]

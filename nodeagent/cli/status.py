@@ -19,7 +19,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    raw = _client.ask(_options.configuration(args).config.run_dir, NAME)
+    raw = _client.ask(_options.run_dir(args), NAME)
     status = _client.decode(raw, StatusDocument)
     emit(raw, args.output, lambda paint: table(status, paint))
     if not status.ready:
@@ -87,7 +87,7 @@ def _peer(peer: Peer) -> str:
     if peer.pid:
         parts.append(f"pid {peer.pid}")
     if peer.restarts:
-        parts.append(f"{peer.restarts} restarts")
+        parts.append(f"{peer.restarts} restart{'' if peer.restarts == 1 else 's'}")
     if peer.message:
         parts.append(peer.message)
     return ", ".join(parts)

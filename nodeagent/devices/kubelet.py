@@ -13,6 +13,7 @@ import logging
 import re
 import socket
 import stat
+import time
 from collections.abc import Callable, Mapping
 from enum import StrEnum
 from pathlib import Path
@@ -74,6 +75,8 @@ class Registration(msgspec.Struct, frozen=True):
     resource: str
     state: RegistrationState
     detail: str = ""
+    since_s: float = 0.0
+    """When it entered `state`, Unix seconds."""
 
 
 DEFAULT_PACE = Pace()
@@ -97,6 +100,7 @@ class _Keeper:
         """The same resource was given up a moment ago; its server may still be closing."""
         self.state = RegistrationState.WAITING
         self.detail = ""
+        self.since_s = 0.0
         self.server: PluginServer | None = None
         self.task: asyncio.Task[None] | None = None
 
@@ -155,7 +159,7 @@ class Registrar:
     @property
     def registrations(self) -> tuple[Registration, ...]:
         """Every wanted resource, by name."""
-        return tuple(Registration(n, k.state, k.detail) for n, k in sorted(self._keepers.items()))
+        return tuple(Registration(n, k.state, k.detail, k.since_s) for n, k in sorted(self._keepers.items()))
 
     async def run(self) -> None:
         """Until cancelled; then every server is closed and every socket of ours is gone, within a second."""
@@ -188,6 +192,8 @@ class Registrar:
         if (state, detail) != (keeper.state, keeper.detail):
             level = logging.WARNING if state is RegistrationState.FAILING else logging.INFO
             log.log(level, "%s: %s%s", keeper.resource.name, state, f": {detail}" if detail else "")
+        if state is not keeper.state:
+            keeper.since_s = time.time()
         keeper.state, keeper.detail = state, detail
         self._summarize()
 

@@ -26,7 +26,7 @@ from nodeagent.model import Lease, PodRef
 T = TypeVar("T")
 
 UID_REST_S = 3600.0
-"""A seat's uid is not given to another seat for so long (contracts: Seat uids)."""
+"""A seat's uid is not given to another seat for so long."""
 
 SCHEMA = Schema(
     application_id=0x6E6F6461,  # "noda"

@@ -73,7 +73,8 @@ class Note(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Events:
-    """Takes Events from the daemon; `run()` stores and sends them. `api` None: there is no API server."""
+    """Takes Events from the daemon; `run()` stores and sends them. `api` None: there is no API server, Events are
+    only logged."""
 
     def __init__(
         self,
@@ -123,6 +124,7 @@ class Events:
         note = Note(about=about, reason=camel(reason), message=cut(message), warning=warning)
         if self._api is None:
             log.info("event %s about %s %s: %s", note.reason, about.kind, about.name, note.message)
+            return
         if not self._allowed(about.uid):
             self._metrics.dropped.labels("events").inc()
             return

@@ -97,12 +97,15 @@ class Binding:
         self.resources: Mapping[str, Resource] = {}
         self.refusals: dict[str, Refusal] = {}
         self.cri_error = ""
+        self.cri_since_s = 0.0
+        """When the container runtime began or ceased to answer, Unix seconds."""
         self._host, self._leases, self._slots, self._roster = host, leases, slots, roster
         self._cri, self._pod_resources, self._account = cri, pod_resources, account
         self._report, self._metrics, self._on_release, self._now = report, metrics, on_release, now
         self._lock = asyncio.Lock()
         self._seen_s: dict[str, float] = {}  # slot -> when its pod was last seen to want it
         self._judged: dict[str, None] = {}  # containers whose mount was looked at, oldest first
+        self._unbound: dict[str, str] = {}  # slot -> why its container could not be given its seat
 
     # ---- the kubelet's calls (devices.plugin.Allocator)
 
@@ -167,7 +170,10 @@ class Binding:
     async def run(self) -> None:
         """Compare every two seconds until cancelled."""
         while True:
-            await self.compare()
+            try:
+                await self.compare()
+            except (AgentError, OSError) as error:  # a full disk, say: seats go on, the next comparison tries again
+                log.error("a comparison was not finished: %s", error)
             await asyncio.sleep(COMPARE_S)
 
     async def compare(self) -> None:
@@ -176,9 +182,9 @@ class Binding:
         try:
             view = await self._cri.fresh()
         except AgentError as error:
-            self.cri_error = error.message
+            self._heard(error.message)
             return
-        self.cri_error = ""
+        self._heard("")
         await self._release_dead(view, asked_s)
         await self._roster.clear_spool({s.pod.uid for s in view.sandboxes if s.ready})
         for seen in self._seen(view):
@@ -186,9 +192,29 @@ class Binding:
             if seen.resource is not None:
                 account = await self._account_of(seen.resource.to, seen.sandbox.pod)
             await self._roster.settled(seen.ids)
-            async with self._lock:
-                await self._judge(seen, account)
+            try:
+                async with self._lock:
+                    await self._judge(seen, account)
+                self._unbound.pop(seen.slot, None)
+            except (AgentError, OSError) as error:
+                self._could_not(seen, error)
         await self._forget_unseen(view)
+
+    def _heard(self, error: str) -> None:
+        if not self.cri_since_s or bool(error) != bool(self.cri_error):
+            self.cri_since_s = self._now()
+        self.cri_error = error
+
+    def _could_not(self, seen: Seen, error: AgentError | OSError) -> None:
+        """One desktop's trouble is nobody else's; it is tried again at the next comparison, and said once."""
+        if self._unbound.get(seen.slot) == str(error):
+            return
+        self._unbound[seen.slot] = str(error)
+        pod = seen.sandbox.pod
+        log.error("pod %s cannot be given its devices now: %s", pod, error)
+        reason = error.reason if isinstance(error, AgentError) else Reason.INTERNAL
+        self._metrics.denied.labels(reason.value).inc()
+        self._report.pod_event(pod, reason, str(error))
 
     def _seen(self, view: CriView) -> list[Seen]:
         """Every running container that mounted a slot and does not yet have it for sure."""
@@ -218,12 +244,14 @@ class Binding:
             return await self._stale(seen, "nothing is known of it")
         if seen.resource is None:
             return None  # its rule is gone, or its devices have not been read yet
-        try:
-            await self._admit(name, seen.resource, seen.ids, sandbox, account)
-        except AgentError:
-            return None
         holder = self._roster.holder(name)
         mine = holder is not None and holder.pod == sandbox.pod
+        try:
+            await self._admit(name, seen.resource, seen.ids, sandbox, account, note=holder is None or mine)
+        except AgentError:
+            return None
+        if mine and holder is not None:
+            holder.kind = kind_of(sandbox.handler, self.config.cri.handlers)  # not known when it was rebound
         if not await self._is_ours(seen) or (seen.shared and not mine):
             return await self._stale(
                 seen, "it was made before its slot" if not seen.shared else "another pod has it too"
@@ -318,16 +346,18 @@ class Binding:
     # ---- what both paths share; under the lock
 
     async def _admit(
-        self, name: str, resource: Resource, ids: tuple[str, ...], sandbox: Sandbox, account: str | None
-    ) -> None:
-        """Raise AgentError unless the pod may have the slot. A refused pod is noted as its holder, with no container."""
+        self, name: str, resource: Resource, ids: tuple[str, ...], sandbox: Sandbox, account: str | None,
+        *, note: bool = True,
+    ) -> None:  # fmt: skip
+        """Raise AgentError unless the pod may have the slot. A refused pod is noted as its holder, with no container;
+        not so (`note`) one that still ends while the slot is another pod's already: the lease is that pod's."""
         self._seen_s[name] = self._now()
         offers = [resource.offers[i] for i in ids if i in resource.offers]
         try:
             admit(resource.to, offers, sandbox, kind_of(sandbox.handler, self.config.cri.handlers), account)
         except AgentError as error:
             known = self.refusals.get(name)
-            if known is None or (known.pod, known.reason) != (sandbox.pod, error.reason):
+            if note and (known is None or (known.pod, known.reason) != (sandbox.pod, error.reason)):
                 self.refusals[name] = Refusal(
                     name, resource.name, sandbox.pod, error.reason, error.message, self._now()
                 )
@@ -376,8 +406,11 @@ class Binding:
             if pod is None or resource is None or document is None or not leases[0].container:
                 continue  # nobody, not known yet, rebooted since, or refused
             sandbox = Sandbox(id=leases[0].sandbox_id, pod=pod, ready=True)
-            async with self._lock:
-                await self._occupy(slot, resource, tuple(x.device_id for x in leases), sandbox, leases[0].container)
+            try:
+                async with self._lock:
+                    await self._occupy(slot, resource, tuple(x.device_id for x in leases), sandbox, leases[0].container)
+            except (AgentError, OSError) as error:
+                log.error("the seat of pod %s cannot be rebound now: %s", pod, error)
 
     def _now_ns(self) -> int:
         return int(self._now() * 1e9)

@@ -29,7 +29,7 @@ from nodeagent.transports.unix import listen
 log = logging.getLogger(__name__)
 
 CLEAN_UP_S = 3.0
-"""The clean-up of an ended seat gets so long (contracts: Lease)."""
+"""The clean-up of an ended seat gets so long."""
 _PLAIN = re.compile(r"[A-Za-z0-9-]{1,64}\Z")
 
 
@@ -187,9 +187,15 @@ class Roster:
                 await self._spool.release(seat.name)
         except TimeoutError:
             log.warning("the clean-up of seat %s was cut off after %.0f s", seat.pod, CLEAN_UP_S)
-        await seat.cgroup.destroy()
-        await self._leases.free_uid(seat.name, self._now())
-        log.info("seat of pod %s ended", seat.pod)
+        except (AgentError, OSError) as error:
+            log.error("the print jobs of seat %s are not cleared away: %s", seat.pod, error)
+        try:  # a process that cannot be killed, a full disk: this seat's trouble, not that of the others
+            await seat.cgroup.destroy()
+            await self._leases.free_uid(seat.name, self._now())
+        except (AgentError, OSError) as error:
+            log.error("seat of pod %s is not cleared away, its uid stays taken: %s", seat.pod, error)
+        else:
+            log.info("seat of pod %s ended", seat.pod)
 
     def _forget(self, done: asyncio.Task[None]) -> None:
         self._endings = {i: t for i, t in self._endings.items() if t is not done}

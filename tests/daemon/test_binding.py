@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from nodeagent.demo.pods import ContainerNotStarted, PodSpec
+from nodeagent.errors import AgentError, Reason
 from nodeagent.model import SeatState
 from tests.daemon.house import PRINTER, House, eventually, pod
 
@@ -189,3 +190,88 @@ async def test_a_pod_that_came_while_the_runtime_was_being_asked_is_not_taken_fo
         await active.binding._release_dead(before, asked_s)
         assert [x.pod.name for x in active.leases.leases if x.pod] == ["desk"]
         assert house.seat(active, desk).state is SeatState.LIVE
+
+
+async def test_one_desktop_that_cannot_have_a_seat_takes_nobody_with_it(
+    house: House, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    house.save(simulated=[{"model": "printer", "serial": s} for s in ("P1", "P2", "P3")])
+    unlucky, other, third = pod("unlucky"), pod("other"), pod("third")
+    async with house.life() as active:
+        await house.kubelet.until(lambda: len(house.kubelet.allocatable(PRINTER)) == 3)
+        await house.run(other)
+        seat_uid = active.leases.seat_uid
+
+        async def none_left(seat: str, now_s: float) -> int:
+            if seat == unlucky.uid:
+                raise AgentError(Reason.TOO_MANY, "no uid is free")
+            return await seat_uid(seat, now_s)
+
+        monkeypatch.setattr(active.leases, "seat_uid", none_left)
+        for desk in (unlucky, third):
+            house.sandbox(desk)
+            await house.kubelet.admit(desk)
+        house.kubelet.endpoints[PRINTER].options = None  # a kubelet that was restarted starts containers without asking
+        for desk in (unlucky, third):
+            await house.kubelet.start_container(desk, "desktop")
+        await eventually(lambda: house.seat(active, third) is not None)
+        await active.binding.compare()
+        assert house.value("denied_total", reason="too_many") == 1, "said once, tried again every time"
+        assert house.seat(active, other).state is SeatState.LIVE
+        monkeypatch.undo()
+        await eventually(lambda: house.seat(active, unlucky) is not None)
+
+
+async def test_a_seat_that_cannot_be_cleared_away_takes_nobody_with_it(
+    house: House, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    house.save(simulated=[{"model": "printer", "serial": s} for s in ("P1", "P2")])
+    desk, other = pod("desk"), pod("other")
+    async with house.life() as active:
+        await house.kubelet.until(lambda: len(house.kubelet.allocatable(PRINTER)) == 2)
+        await house.run(desk)
+        await house.run(other)
+        cgroup = house.seat(active, desk).cgroup
+        destroy = cgroup.destroy
+
+        async def undead() -> None:
+            await destroy()
+            raise AgentError(Reason.INTERNAL, "a process in it does not die")
+
+        monkeypatch.setattr(cgroup, "destroy", undead)
+        house.end(desk)
+        await eventually(lambda: house.seat(active, desk) is None and not active.roster._endings)
+        await active.binding.compare()
+        assert house.seat(active, other).state is SeatState.LIVE
+        assert desk.uid in active.leases.uids, "the uid of a process that may live is given to nobody"
+
+
+async def test_a_refused_pod_that_is_still_ending_does_not_take_the_lease_of_the_next_one(house: House) -> None:
+    house.save(rules=[{"name": "printers", "match": {"class": "printer"}, "to": {"labels": {"role": "nurse"}}}])
+    refused, nurse = pod("refused"), pod("nurse", labels={"role": "nurse"})
+    async with house.life() as active:
+        await house.kubelet.until(lambda: len(house.kubelet.allocatable(PRINTER)) == 1)
+        house.sandbox(refused)
+        await house.kubelet.admit(refused)
+        asked, house.kubelet.endpoints[PRINTER].options = house.kubelet.endpoints[PRINTER].options, None
+        await house.kubelet.start_container(refused, "desktop")
+        await eventually(lambda: house.value("denied_total", reason="labels_do_not_match") == 1)
+        house.kubelet.endpoints[PRINTER].options = asked
+        house.kubelet.delete(refused)  # the kubelet hands its device on, while its container takes its time to end
+        await house.run(nurse)
+        await active.binding.compare()
+        house.end(refused)
+        await active.binding.compare()
+        assert [x.pod.name for x in active.leases.leases if x.pod] == ["nurse"]
+        assert house.seat(active, nurse).state is SeatState.LIVE
+        assert house.value("refused_holding_seconds", resource=PRINTER) == 0
+
+
+async def test_a_seat_is_of_its_sandbox_after_a_restart_too(house: House) -> None:
+    desk = pod("desk")
+    async with house.life() as active:
+        await house.kubelet.until(lambda: len(house.kubelet.allocatable(PRINTER)) == 1)
+        await house.run(desk)
+        assert house.seat(active, desk).kind == "gvisor"
+    async with house.life() as active:
+        await eventually(lambda: house.seat(active, desk).kind == "gvisor")

@@ -66,7 +66,7 @@ async def test_start_up_never_drops_a_lease_whose_sandbox_lives(house: House) ->
         await active.binding.compare()
         await active.binding.compare()
         assert [x.pod.name for x in active.leases.leases if x.pod] == ["desk"]
-        assert house.seat(active, desk).state in (SeatState.BOUND, SeatState.LIVE)
+        await eventually(lambda: house.seat(active, desk).state is SeatState.LIVE)
 
 
 async def test_a_container_started_without_us_is_bound_by_comparison(house: House) -> None:

@@ -145,8 +145,9 @@ async def test_the_server_goes_and_comes_back(api: ApiServer, metrics: Metrics, 
         await api.until(events=2)
 
 
-async def test_what_is_taken_at_the_last_moment_is_kept(metrics: Metrics, tmp_path: Path) -> None:
-    async with reporting(tmp_path, metrics, None) as events:
+async def test_what_is_taken_at_the_last_moment_is_kept(api: ApiServer, metrics: Metrics, tmp_path: Path) -> None:
+    await api.stop()
+    async with reporting(tmp_path, metrics, api) as events:
         await asyncio.sleep(0)  # it runs
         events.pod_event(DESK, "late", "")
     async with Outbox(tmp_path / box.NAME, metrics) as outbox:
@@ -159,6 +160,7 @@ async def test_without_an_api_server_events_are_logged(
     caplog.set_level("INFO")
     async with reporting(tmp_path, metrics, None) as events:
         events.pod_event(DESK, Reason.NOT_YOURS, "asked for another's job")
+        assert events._waiting.qsize() == 0, "nothing would ever take it out of the outbox"
     assert "event NotYours about Pod desk-1: asked for another's job" in caplog.text
 
 
@@ -237,10 +239,10 @@ async def test_an_event_that_expired_is_made_anew(
     assert next(iter(api.events.values()))["count"] == 2
 
 
-async def test_one_object_cannot_flood(metrics: Metrics, tmp_path: Path) -> None:
+async def test_one_object_cannot_flood(api: ApiServer, metrics: Metrics, tmp_path: Path) -> None:
     now = 1000.0
-    async with Outbox(tmp_path / box.NAME, metrics) as outbox:
-        events = Events(outbox, "node-1", metrics, now=lambda: now)
+    async with Outbox(tmp_path / box.NAME, metrics) as outbox, client(api, metrics) as kube:
+        events = Events(outbox, "node-1", metrics, kube, now=lambda: now)
         for number in range(100):
             events.pod_event(DESK, "many", str(number))
         events.pod_event(PodRef("office", "desk-2", "other"), "many", "")

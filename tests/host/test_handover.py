@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import hashlib
 import json
 import signal
 import sys
@@ -97,21 +98,21 @@ async def node(short_tmp: Path) -> AsyncIterator[Node]:
         yield made
 
 
-def workers() -> set[int]:
-    """Processes that run as the uid of a seat."""
+def workers(node: Node) -> set[int]:
+    """Processes of seats of this node's daemon: by the name of their cgroup."""
+    mine = f"nodeagent-seats-{hashlib.sha256(f'{node.directory}/state'.encode()).hexdigest()[:8]}/"
     found = set()
     for directory in Path("/proc").iterdir():
         with contextlib.suppress(OSError, ValueError, StopIteration):
             lines = (directory / "status").read_text().splitlines()
-            uid = next(int(line.split()[1]) for line in lines if line.startswith("Uid:"))
-            if uid >= 0x7000_0000 and not any(line.startswith("State:\tZ") for line in lines):
+            if mine in (directory / "cgroup").read_text() and not any(line.startswith("State:\tZ") for line in lines):
                 found.add(int(directory.name))
     return found
 
 
-async def gone(pids: set[int], limit_s: float = 5.0) -> None:
+async def gone(node: Node, pids: set[int], limit_s: float = 5.0) -> None:
     deadline = asyncio.get_running_loop().time() + limit_s
-    while left := workers() & pids:
+    while left := workers(node) & pids:
         assert asyncio.get_running_loop().time() < deadline, f"{left} outlived their daemon"
         await asyncio.sleep(0.02)
 
@@ -175,11 +176,11 @@ async def test_a_desktop_prints_again_after_its_daemon_was_killed_as_main_proces
     async with daemon(node, "first", contained=True) as first:
         await node.desktop()
         await node.prints_within(LIMIT_S)
-        before = workers()
+        before = workers(node)
         assert before
         await kill_main_process(node, "first")
         await first.wait()
-        await gone(before)
+        await gone(node, before)
     async with daemon(node, "second", contained=True):
         took = await node.prints_within(LIMIT_S)
         print(f"printed again {took:.2f} s after the restart")
@@ -190,15 +191,15 @@ async def test_a_standby_takes_over_when_the_active_one_ends(node: Node) -> None
     async with daemon(node, "first", contained=False) as first:
         await node.desktop()
         await node.prints_within(LIMIT_S)
-        before = workers()
+        before = workers(node)
         async with daemon(node, "second", contained=False):
             while "standby" not in node.log():
                 await asyncio.sleep(0.05)
-            assert workers() == before, "a standby has no seats"
+            assert workers(node) == before, "a standby has no seats"
             await node.prints_within(LIMIT_S)
             first.send_signal(signal.SIGTERM)
             await first.wait()
-            await gone(before)
+            await gone(node, before)
             took = await node.prints_within(LIMIT_S)
             print(f"printed again {took:.2f} s after the first one ended")
             await node.kubelet.until(lambda: len(node.kubelet.allocatable(PRINTER)) == 1, LIMIT_S)
@@ -208,11 +209,11 @@ async def test_a_standby_takes_over_from_one_that_is_killed(node: Node) -> None:
     async with daemon(node, "first", contained=False) as first:
         await node.desktop()
         await node.prints_within(LIMIT_S)
-        before = workers()
+        before = workers(node)
         async with daemon(node, "second", contained=False):
             while "standby" not in node.log():
                 await asyncio.sleep(0.05)
             first.kill()
             await first.wait()
-            await gone(before)
+            await gone(node, before)
             await node.prints_within(LIMIT_S)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
-import sys
 from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
 
@@ -115,7 +114,7 @@ print("up" if flags & 1 else "down")
 
 
 async def test_without_network_there_is_only_lo_and_it_is_down(zygote: Zygote) -> None:
-    running = await start(zygote, sys.executable, "-c", LOOK_AT_NETWORK, uid=None)
+    running = await start(zygote, "/usr/bin/python3", "-c", LOOK_AT_NETWORK, uid=None)
     assert await running.finish() == (0, "['lo']\ndown\n")
     code, text = await shell(zygote, "cat /proc/net/dev; readlink /proc/self/ns/net /proc/self/ns/ipc")
     assert code == 0

@@ -141,7 +141,8 @@ async def test_the_copy_is_renewed_although_the_caller_left(leases: Leases) -> N
     await asyncio.sleep(0)
     asking.cancel()
     await asyncio.wait({asking})
-    assert leases.leases == await leases.all()
+    everything = await leases.all()
+    assert leases.leases == everything
 
 
 # ---- uids

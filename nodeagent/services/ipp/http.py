@@ -198,14 +198,18 @@ class Conversation:
         http = h11.Connection(h11.SERVER, max_incomplete_event_size=HEAD_BYTES)
         data, self._unread, self._at = self._unread[self._at :], b"", 0
         self._head_deadline = None
+        fed = 0
         while True:
             if data:
                 if self._head_deadline is None:
                     self._head_deadline = self._loop.time() + self._idle_s
                 http.receive_data(data)
+                fed += len(data)
                 event = http.next_event()
                 if isinstance(event, h11.Request):
                     self._unread = http.trailing_data[0]
+                    if fed - len(self._unread) > HEAD_BYTES:  # h11 looks only while the head is incomplete
+                        raise h11.RemoteProtocolError("the head is too long", error_status_hint=431)
                     return event
             data = await self._receive(HEAD_BYTES)
             if not data:

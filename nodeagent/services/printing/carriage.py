@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import time
 from collections.abc import Awaitable, Callable, Iterator
 from pathlib import Path
@@ -23,8 +24,8 @@ log = logging.getLogger(__name__)
 Convert = Callable[[str, tuple[Stage, ...], Path, Path], Awaitable[None]]
 """Seat, stages, document, new file; raises AgentError (services/printing/filters.py)."""
 
-CONVERSIONS = 2
-"""At the same time, on the whole node."""
+CONVERSIONS = max(2, os.cpu_count() or 1)
+"""At the same time, on the whole node; one of a seat, so that no desktop keeps the others waiting alone."""
 TRIES = 3
 """How often one document is given to cupsd before the job is aborted. Devices that fail do not count: the back end waits."""
 RETRY_S = (0.2, 0.5, 1.0, 2.0, 5.0)
@@ -68,7 +69,7 @@ class Carriage:
             stages = plan(record.documents[number - 1].format, printer.formats, self._server_bin)
             if not stages or path.exists():
                 return
-            async with self._converting:
+            async with seat.converting, self._converting:
                 self._processing(job, "job-transforming")
                 try:
                     await self._convert(seat.name, stages, self._store.document(seat.name, record.id, number), path)

@@ -109,6 +109,7 @@ class SeatJobs:
         self.reserved = next_job
         """Numbers below it are taken on disk."""
         self.lock = asyncio.Lock()
+        self.converting = asyncio.Lock()
         self.held: list[int] = []
         """Descriptors of deleted documents that somebody may still write into."""
         self.printers: dict[str, SpoolPrinter] = {}
