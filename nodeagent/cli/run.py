@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 
 from nodeagent.config import DEFAULT_PATH
 
@@ -19,6 +20,9 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    os.environ.setdefault(
+        "GRPC_VERBOSITY", "NONE"
+    )  # its own lines are not structured, and tell of every peer that restarts
     from nodeagent import daemon, logs
 
     logs.configure("auto", args.log_level or ("debug" if args.debug else None))

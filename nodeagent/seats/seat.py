@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import math
 import os
 import signal
 import socket
@@ -37,6 +38,9 @@ STEADY_S = 60.0
 MESSAGES_PER_S = 500
 """What a worker may say: an honest one needs three messages a job. Beyond it the daemon reads more slowly."""
 STOP_S = 1.0
+PING_S = 10.0
+HUNG_S = 40.0
+"""A worker that has said nothing for so long, asked every PING_S, is replaced. A slow disk may hold one up for a while."""
 MAX_FILES = 1024
 """Descriptors of a worker: listeners, connections, spool files."""
 
@@ -94,6 +98,7 @@ class Seat:
         self._worker: Child | None = None
         self._channel: Channel | None = None
         self._counters: dict[str, wire.Counters] = {}
+        self._heard_s = 0.0
 
     @property
     def worker_pid(self) -> int:
@@ -189,7 +194,7 @@ class Seat:
             self.push()  # first: who waits in the backlog must not find a seat without printers
             for service, sockets in listeners.items():
                 self._serve(service, sockets)
-            reason = await self._converse(self._channel)
+            reason = await self._until_hung(self._channel)
         except asyncio.CancelledError:
             self._send(wire.Stop())
             with contextlib.suppress(TimeoutError):  # what has been received already still gets its answers
@@ -203,6 +208,23 @@ class Seat:
             self._around.spool.forget_incoming(self.name)
         return "oom" if self.cgroup.oom_kills() > oom_before else reason
 
+    async def _until_hung(self, channel: Channel) -> str:
+        """Converse with the worker for as long as it answers."""
+        clock = asyncio.get_running_loop().time
+        conversation = asyncio.create_task(self._converse(channel), name=f"worker of {self.pod}")
+        self._heard_s = clock()
+        try:
+            while True:
+                done, _ = await asyncio.wait({conversation}, timeout=PING_S)
+                if done:
+                    return conversation.result()
+                if clock() - self._heard_s > HUNG_S:
+                    return "hung"
+                self._send(wire.Ping())
+        finally:
+            conversation.cancel()
+            await asyncio.wait({conversation})
+
     async def _converse(self, channel: Channel) -> str:
         """Answer the worker until it is gone or breaks the rules."""
         clock = asyncio.get_running_loop().time
@@ -214,6 +236,7 @@ class Seat:
                 return "exit"
             except ValueError:
                 return "protocol"
+            self._heard_s = math.inf  # whatever its answer takes is our time
             for fd in untrusted_fds:
                 os.close(fd)  # a worker has no descriptor that the daemon would take
             try:
@@ -222,6 +245,7 @@ class Seat:
                 log.warning("worker of seat %s broke the protocol: %s", self.pod, error)
                 return "protocol"
             await self._on_message(message)
+            self._heard_s = clock()
             said += 1
             if said >= MESSAGES_PER_S:
                 await asyncio.sleep(max(0.0, window + 1.0 - clock()))
@@ -235,6 +259,8 @@ class Seat:
                 self.live.set()
             case wire.Counters():
                 self._count(message)
+            case wire.Pong():
+                pass
             case wire.DropDocument():
                 await spool.drop(self.name, message.job, message.reason)
             case _:

@@ -135,6 +135,8 @@ class Worker:
                     self._news[type(news)] = news
                     for offered in self._offered.values():
                         offered.service.on_message(news)
+                case wire.Ping():
+                    self.send(wire.Pong())
                 case wire.Stop():
                     return None
                 case answer:

@@ -124,11 +124,15 @@ class Refused(Message, frozen=True, kw_only=True):
     message: str
 
 
+class Ping(Message, frozen=True, kw_only=True):
+    """Say Pong: a worker that does not is taken for hung."""
+
+
 class Stop(Message, frozen=True, kw_only=True):
     """Finish: close listeners, end connections after what is already accepted, exit 0."""
 
 
-ToWorker = Serve | Printers | Jobs | JobCreated | DocumentOpened | Done | Refused | Stop
+ToWorker = Serve | Printers | Jobs | JobCreated | DocumentOpened | Done | Refused | Ping | Stop
 
 
 # ---- worker -> daemon
@@ -138,6 +142,10 @@ class Ready(Message, frozen=True, kw_only=True):
     """The worker listens on every socket it was given for `service`."""
 
     service: Name
+
+
+class Pong(Message, frozen=True, kw_only=True):
+    """To a Ping."""
 
 
 class CreateJob(Message, frozen=True, kw_only=True):
@@ -186,7 +194,7 @@ class Counters(Message, frozen=True, kw_only=True):
     denied: Annotated[dict[Reason, Count], Meta(max_length=32)] = {}
 
 
-FromWorker = Ready | CreateJob | OpenDocument | CloseDocument | DropDocument | CancelJob | Counters
+FromWorker = Ready | Pong | CreateJob | OpenDocument | CloseDocument | DropDocument | CancelJob | Counters
 
 _encoder = msgspec.msgpack.Encoder()
 _from_worker: msgspec.msgpack.Decoder[FromWorker] = msgspec.msgpack.Decoder(FromWorker)

@@ -16,6 +16,7 @@ from nodeagent.config import Config
 from nodeagent.errors import AgentError, Reason
 from nodeagent.metrics import Metrics
 from nodeagent.model import Device, DeviceClass, Grant, Offer, PodRef, SeatState, UsbDevice
+from nodeagent.seats import seat as seat_module
 from nodeagent.seats.seat import Seat, SlotBinding, Surroundings
 from nodeagent.seats.zygote import Exit
 from nodeagent.transports.unix import Channel, listen
@@ -190,6 +191,18 @@ async def test_a_worker_that_breaks_the_protocol_is_replaced(short_tmp: Path, sa
         channel = await made.worker()
         channel.send(said)
         await eventually(lambda: restarts(made, "protocol") == 1)
+
+
+async def test_a_worker_that_does_not_answer_is_replaced(short_tmp: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(seat_module, "PING_S", 0.02)
+    monkeypatch.setattr(seat_module, "HUNG_S", 0.3)
+    async with scene(short_tmp) as made:
+        channel = await made.worker()
+        for _ in range(3):
+            assert (await made.hear(channel))[0] == wire.Ping()
+            channel.send(wire.put_message(wire.Pong()))
+        assert restarts(made, "hung") == 0
+        await eventually(lambda: restarts(made, "hung") == 1)
 
 
 async def test_only_printers_and_jobs_of_the_seat(short_tmp: Path) -> None:

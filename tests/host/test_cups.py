@@ -333,6 +333,22 @@ async def test_queues_follow_what_is_plugged_in(house: House, spawn: PlainSpawn)
     assert not [j for j in (await house.cups.jobs()).values() if not j.finished]
 
 
+async def test_a_document_is_marked_when_its_last_byte_is_out_and_never_sent_twice(house: House) -> None:
+    """As when everybody is killed between the last byte and cupsd's note of it: cupsd starts the job again."""
+    await house.cups.set_queues([Queue("q", f"opencdi:{house.device}", "A")])
+    page = house.directory / "7-1.doc"
+    page.write_bytes(b"%!PS")
+    for key, times in (("spool:first", 1), ("spool:again", 1)):
+        number = await house.cups.submit("q", key, page)
+        async with asyncio.timeout(10):
+            while not (found := (await house.cups.jobs(number))[key]).finished:
+                await asyncio.sleep(0.02)
+        assert found.state == 9
+        assert house.device.read_bytes() == b"%!PS" * times
+        assert (house.directory / "7-1.printed").exists()
+    assert not house.device.with_name("lp0.begun").exists()
+
+
 async def test_a_job_whose_document_is_gone_from_the_spool_is_cancelled_and_prints_nothing(house: House) -> None:
     await house.cups.set_queues([Queue("q", f"opencdi:{house.device}", "A")])
     number = await house.cups.submit("q", "spool:gone", house.directory / "no-such-document")

@@ -46,6 +46,18 @@ async def test_a_restart_asks_cupsd_what_it_has(tmp_path: Path, state: int | Non
         assert [data for _, _, data, _ in cups.printed] == [b"HELLO"] * printed_again
 
 
+async def test_what_the_back_end_has_marked_as_printed_is_not_printed_again(tmp_path: Path) -> None:
+    first_life = fake_house(tmp_path)
+    job = await first_life.send(b"1")
+    (tmp_path / f"s1/{job}-1.printed").touch()  # killed before cupsd had noted it, and cupsd has lost the job
+    (tmp_path / "s1/99-1.printed").touch()
+    cups = FakeCups()
+    async with running(fake_house(tmp_path, cups)) as house:
+        assert (await house.ended(job)).state == COMPLETED
+        assert not cups.printed
+        await house.until(lambda: not any(name.endswith(".printed") for name in files(tmp_path)))
+
+
 async def test_a_job_of_a_seat_that_ended_meanwhile_is_cancelled(tmp_path: Path) -> None:
     cups = FakeCups()
     cups.hold = True

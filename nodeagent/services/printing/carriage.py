@@ -84,6 +84,9 @@ class Carriage:
         """Have one document printed. `found`: cupsd has it already."""
         for _ in range(TRIES):
             if found is None:
+                if self._store.printed(job.seat.name, job.record.id, number).exists():
+                    self._processing(job, "job-printing")
+                    return
                 found = await self._submit(job, number)
             self._processing(job, "job-printing")
             job.cups_job = found.id

@@ -96,6 +96,24 @@ case $device in
     ;;
 esac
 
+file=$6
+printed=
+case $3 in
+spool:*) # the job is the path of a document in the spool, which need not be copied for cupsd
+    IFS= read -r file < "$6"
+    printed=${file%.*}.printed
+    if [ -e "$printed" ]; then # everybody was killed between the last byte and cupsd's note of it
+        [ ! -f "$device.begun" ] || read -r _ key < "$device.begun"
+        [ "${key-}" != "$3" ] || rm -f "$device.begun"
+        exit 0
+    fi
+    if [ ! -f "$file" ]; then
+        echo "ERROR: The document is not in the spool any more." >&2
+        exit 5 # CUPS_BACKEND_CANCEL
+    fi
+    ;;
+esac
+
 connected() {
     [ -w "$device" ] || return 1
     [ -n "$usb" ] || return 0
@@ -117,22 +135,13 @@ begun=
 if [ -f "$device" ]; then
     begun=$device.begun
     if [ -s "$begun" ]; then
-        truncate -s "<$(cat "$begun")" "$device"
+        read -r size _ < "$begun"
+        truncate -s "<$size" "$device"
     else
-        stat -c %s "$device" > "$begun"
+        size=$(stat -c %s "$device")
     fi
+    echo "$size $3" > "$begun"
 fi
-
-file=$6
-case $3 in
-spool:*) # the job is the path of a document in the spool, which need not be copied for cupsd
-    IFS= read -r file < "$6"
-    if [ ! -f "$file" ]; then
-        echo "ERROR: The document is not in the spool any more." >&2
-        exit 5 # CUPS_BACKEND_CANCEL
-    fi
-    ;;
-esac
 
 left=$4
 while [ "$left" -gt 0 ]; do
@@ -145,6 +154,7 @@ while [ "$left" -gt 0 ]; do
     fi
     left=$((left - 1))
 done
+[ -z "$printed" ] || : > "$printed"
 [ -z "$begun" ] || rm -f "$begun"
 """
 

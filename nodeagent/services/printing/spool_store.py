@@ -4,6 +4,7 @@
                       /7.json         an accepted job, written when everything of it is on disk
                       /7-1.doc        its first document
                       /7-1.out        the same, device-ready; made again after a restart
+                      /7-1.printed    the back end has sent its last byte (cups_files.BACKEND)
     <directory>/.aside/...            what could not be understood, for a person to look at
 
 Everything here blocks on disk and belongs into a thread, unless it says otherwise. Raises OSError.
@@ -34,6 +35,7 @@ MAX_ASIDE = 64
 MAX_RECORD_BYTES = 64 * 1024
 SEAT_NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,127}\Z")
 _DOCUMENT = re.compile(r"([1-9][0-9]{0,9})-([1-9][0-9]{0,3})\.doc\Z")
+_MARK = re.compile(r"([1-9][0-9]{0,9})-[1-9][0-9]{0,3}\.printed\Z")
 _RECORD = re.compile(r"([1-9][0-9]{0,9})\.json\Z")
 _TEMPORARY = re.compile(r".*\.(out|stage|tmp)\Z")
 DELETE_TRIES = 5
@@ -142,6 +144,10 @@ class SpoolStore:
         directory.mkdir(parents=True, exist_ok=True, mode=0o700)
         write_atomically(directory / "seat.json", msgspec.json.encode(_Seat(next_job)))
 
+    def printed(self, seat: str, job: int, number: int) -> Path:
+        """The mark that the nth document is on paper. Does not block."""
+        return self._directory / seat / f"{job}-{number}.printed"
+
     def begin(self, seat: str, job: int, number: int) -> int:
         """A descriptor that takes a new document.
 
@@ -178,6 +184,7 @@ class SpoolStore:
         held = []
         for number in range(1, count + 1):
             self.converted(seat, job, number).unlink(missing_ok=True)
+            self.printed(seat, job, number).unlink(missing_ok=True)
             path = self.document(seat, job, number)
             try:
                 fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
@@ -217,6 +224,7 @@ class SpoolStore:
     def _load_seat(self, directory: Path) -> LoadedSeat:
         records: dict[int, Record] = {}
         documents: dict[int, dict[int, Path]] = {}
+        marks: list[tuple[int, Path]] = []
         next_job = 1
         for path in sorted(directory.iterdir()):
             if not path.is_file() or path.is_symlink():
@@ -225,6 +233,8 @@ class SpoolStore:
                 next_job = (self._take(path, _Seat) or _Seat(1)).next_job
             elif match := _DOCUMENT.match(path.name):
                 documents.setdefault(int(match[1]), {})[int(match[2])] = path
+            elif match := _MARK.match(path.name):
+                marks.append((int(match[1]), path))
             elif match := _RECORD.match(path.name):
                 record = self._take(path, Record)
                 if record is not None and record.id == int(match[1]):
@@ -243,6 +253,9 @@ class SpoolStore:
             if job not in records or records[job].state.finished:
                 for path in paths.values():  # of a job that was never accepted, or has ended
                     path.unlink(missing_ok=True)
+        for job, path in marks:
+            if job not in records or records[job].state.finished:
+                path.unlink()
         return LoadedSeat(next_job, tuple(records[job] for job in sorted(records)))
 
     def _is_whole(self, directory: Path, record: Record, documents: dict[int, Path]) -> bool:
