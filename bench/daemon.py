@@ -11,7 +11,7 @@ from bench.node import PRINTER, Node, node
 from bench.result import Result, alone, percentile
 
 SEATS = 50
-STARTS = 5
+STARTS = 7
 ALLOCATES = 400
 
 

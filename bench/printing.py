@@ -11,7 +11,7 @@ from bench.node import Node, node
 from bench.result import Result, versus
 
 SIZE = 50_000_000
-PAIRS = 7
+PAIRS = 11
 
 
 async def measure() -> list[Result]:
