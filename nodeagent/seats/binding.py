@@ -364,8 +364,9 @@ class Binding:
                 self._metrics.denied.labels(error.reason.value).inc()
                 log.warning("refused: %s", error)
                 self._report.pod_event(sandbox.pod, error.reason, str(error))
-                await self._leases.adopt(resource.name, ids, name, self._now())
-                await self._leases.bind(name, sandbox.pod, "", sandbox.id)
+                if self._roster.holder(name) is None:  # a seat that was bound under an earlier `to:` stays so
+                    await self._leases.adopt(resource.name, ids, name, self._now())
+                    await self._leases.bind(name, sandbox.pod, "", sandbox.id)
             raise
 
     async def _account_of(self, to: Audience, pod: PodRef) -> str | None:

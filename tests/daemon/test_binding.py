@@ -275,3 +275,18 @@ async def test_a_seat_is_of_its_sandbox_after_a_restart_too(house: House) -> Non
         assert house.seat(active, desk).kind == "gvisor"
     async with house.life() as active:
         await eventually(lambda: house.seat(active, desk).kind == "gvisor")
+
+
+async def test_a_bound_seat_survives_a_stricter_rule_and_a_restart(house: House) -> None:
+    desk = pod("desk")
+    async with house.life() as active:
+        await house.kubelet.until(lambda: len(house.kubelet.allocatable(PRINTER)) == 1)
+        await house.run(desk)
+        house.save(rules=[{"name": "p", "match": {"class": "printer"}, "to": {"namespaces": ["elsewhere"]}}])
+        await house.source.reload()
+        with pytest.raises(ContainerNotStarted, match="namespace default"):
+            await house.kubelet.start_container(desk, "desktop")
+        assert [x.container for x in active.leases.leases] == ["desktop"]
+    async with house.life() as active:
+        await active.binding.compare()
+        assert house.seat(active, desk) is not None
