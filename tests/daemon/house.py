@@ -23,6 +23,7 @@ from nodeagent.devices.plugin import MountSpec
 from nodeagent.host import HostRoot
 from nodeagent.metrics import Metrics
 from nodeagent.reload import Reload
+from nodeagent.report.endpoint import Endpoint
 from nodeagent.wire.pb.cri.v1 import api_pb2 as cri_pb
 from tests.fakes.cri import FakeCri
 
@@ -48,6 +49,8 @@ class House:
         (self.host / "sys").mkdir(parents=True)
         self.mounts: dict[tuple[str, str], dict[str, str]] = {}  # (pod, container) -> container path -> host path
         self.env: dict[tuple[str, str], dict[str, str]] = {}
+        self.endpoint: Endpoint | None = None
+        """The API server of the next life."""
         self.started: list[tuple[str, str]] = []
         self.cri = FakeCri(directory / "cri.sock")
         self.kubelet = StandInKubelet(self.plugins, directory / "kubelet/pod-resources/kubelet.sock", self._start)
@@ -111,7 +114,7 @@ class House:
         source = Reload(self.config_path, parse(self.config_path.read_text()), self.metrics)
         views: list[daemon.View] = []
         task = asyncio.create_task(
-            daemon.serve(source, HostRoot(self.host), self.metrics, stop, on_view=views.append), name="daemon"
+            daemon.serve(source, HostRoot(self.host), self.metrics, stop, self.endpoint, views.append), name="daemon"
         )
         try:
             while not views or views[0].active is None:
