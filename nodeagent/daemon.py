@@ -154,7 +154,8 @@ async def _be_active(
             async with asyncio.TaskGroup() as tasks:
                 cups = Cups(config.printing, state_dir, run_dir, zygote.spawn_program, metrics)
                 # The lambdas are for parts that are made below: spool, roster and offers know each other.
-                filters = Filters(config.printing, zygote.spawn_program, lambda seat: roster.context(seat))
+                hidden = (config.state_dir, config.run_dir, config.kubelet.root_dir, *_host_root(config))
+                filters = Filters(config.printing, zygote.spawn_program, lambda seat: roster.context(seat), hidden)
                 spool = Spool(
                     state_dir / "spool", config.printing, cups, metrics,
                     convert=filters, on_change=lambda seat: roster.jobs_changed(seat),
@@ -262,6 +263,11 @@ async def _run(path: Path, config: Config, endpoint: Endpoint | None) -> None:
         loop.add_signal_handler(number, stop.set)
     loop.add_signal_handler(signal.SIGHUP, source.ask)
     await serve(source, HostRoot(config.host_root), metrics, stop, endpoint)
+
+
+def _host_root(config: Config) -> tuple[str, ...]:
+    """The host's files as the daemon's pod has them; nothing where the daemon runs on the host itself."""
+    return () if config.host_root == "/" else (config.host_root,)
 
 
 def _subuid(host: HostRoot) -> str:

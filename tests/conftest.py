@@ -10,11 +10,8 @@ import tempfile
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
-import grpc
-import grpc.aio
 import pytest
 
-from nodeagent import rpc
 from nodeagent.metrics import Metrics
 from tests import blocking, leftovers
 
@@ -35,28 +32,6 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(
                 pytest.mark.skip(reason="needs root (namespaces, cgroups, uids): run as root to include it")
             )
-
-
-@pytest.fixture(scope="session", autouse=True)
-def _grpc_runtime() -> Iterator[None]:
-    """gRPC's event engine and its poller (a thread, an epoll, a socket pair) belong to the process: they are made before the
-    first test counts descriptors, and held so that they do not come and go with the last channel of each test."""
-    held = grpc.insecure_channel("unix:/nowhere")  # an event engine lives as long as some channel does
-
-    async def warm_up(socket: Path) -> None:
-        grpc.aio.init_grpc_aio()  # type: ignore[attr-defined]
-        server = grpc.aio.server()
-        server.add_insecure_port(f"unix:{socket}")
-        await server.start()
-        async with rpc.channel(socket) as channel:
-            await channel.channel_ready()
-        await server.stop(None)
-
-    with tempfile.TemporaryDirectory() as directory:
-        asyncio.run(warm_up(Path(directory) / "s"))
-    yield
-    held.close()
-    grpc.aio.shutdown_grpc_aio()  # type: ignore[attr-defined]
 
 
 @pytest.fixture(autouse=True)

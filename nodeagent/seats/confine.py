@@ -12,7 +12,7 @@ import errno
 import os
 import resource
 import signal
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
 import msgspec
@@ -135,11 +135,11 @@ def join_cgroups(procs: Collection[str]) -> None:
             raise OSError(error.errno, f"cannot join cgroup {path}: {error.strerror}") from error
 
 
-def isolate(*, network: bool, private_tmp_bytes: int) -> None:
+def isolate(*, network: bool, private_tmp_bytes: int, hidden: Sequence[str]) -> None:
     """For process 1 of a new pid namespace: its own mount table and /proc, on demand its own network and /tmp.
 
     `network` False: an empty network namespace (lo is down) and an IPC namespace. `private_tmp_bytes`: a tmpfs of that size
-    over every directory that all users can write to. Raises OSError.
+    over every directory that all users can write to. `hidden` directories are covered by empty ones. Raises OSError.
     """
     syscalls.unshare(syscalls.CLONE_NEWNS | (0 if network else syscalls.CLONE_NEWNET | syscalls.CLONE_NEWIPC))
     # Slave, not private: a long-lived program must not keep busy what is unmounted outside.
@@ -152,6 +152,10 @@ def isolate(*, network: bool, private_tmp_bytes: int) -> None:
         syscalls.mount("tmpfs", first, "tmpfs", hardened, options)
         for path in others:
             syscalls.mount(first, path, "", syscalls.MS_BIND)
+    for path in hidden:
+        if Path(path).is_dir():  # it may lie below one that is covered already
+            flags = hardened | syscalls.MS_NOEXEC | syscalls.MS_RDONLY
+            syscalls.mount("tmpfs", path, "tmpfs", flags, "size=4096,nr_inodes=1,mode=0")
 
 
 def become(uid: int, expected_parent: int) -> None:

@@ -292,7 +292,7 @@ class Spawner:
         os.chdir("/")
         os.umask(0o077)
         confine.join_cgroups(message.cgroup_procs)
-        confine.isolate(network=message.network, private_tmp_bytes=message.private_tmp_bytes)
+        confine.isolate(network=message.network, private_tmp_bytes=message.private_tmp_bytes, hidden=message.hidden)
         if message.uid is None:
             confine.die_with_parent(0)
         else:

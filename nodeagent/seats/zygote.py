@@ -155,19 +155,21 @@ class Zygote:
         env: Mapping[str, str],
         network: bool,
         private_tmp_bytes: int = 0,
+        hidden: Sequence[str] = (),
         limits: Limits = Limits(),  # noqa: B008 (frozen)
     ) -> Child:
         """Execute a program in a pid namespace of its own, with its own /proc; its descendants end when it ends.
 
         `uid` None stays root; any other uid also means no groups, no capabilities, no_new_privs and the filter
         seccomp/seat-program.json, which leaves it no sockets. `network` False gives it an empty network. With
-        `private_tmp_bytes` it has a tmpfs of that size over /tmp and every other directory that all users can write to.
+        `private_tmp_bytes` it has a tmpfs of that size over /tmp and every other directory that all users can write to,
+        and finds `hidden` directories empty.
         `argv[0]` is a path or is looked for in the PATH of `env`. The program gets duplicates of the three descriptors;
         its working directory is /. Raises AgentError with the cause when it cannot be executed.
         """
         message = wire.SpawnProgram(
             child=self._next(), argv=tuple(argv), uid=uid, cgroup_procs=tuple(map(str, cgroup_procs)), env=dict(env),
-            network=network, private_tmp_bytes=private_tmp_bytes, limits=limits,
+            network=network, private_tmp_bytes=private_tmp_bytes, hidden=tuple(hidden), limits=limits,
         )  # fmt: skip
         return await self._spawn(
             argv[0] if argv else "a program without a name",

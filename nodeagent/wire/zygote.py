@@ -79,6 +79,7 @@ class SpawnProgram(Message, frozen=True, kw_only=True):
     env: dict[str, str]
     network: bool
     private_tmp_bytes: int
+    hidden: tuple[str, ...]
     limits: Limits
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from nodeagent.errors import AgentError, Reason
 from nodeagent.services.printing.cups_client import CupsJob
 
-PENDING, PROCESSING, CANCELLED, ABORTED, COMPLETED = 3, 5, 7, 8, 9
+PENDING, HELD, PROCESSING, CANCELLED, ABORTED, COMPLETED = 3, 4, 5, 7, 8, 9
 
 
 class FakeCups:
@@ -50,7 +50,7 @@ class FakeCups:
         self.asked += 1
         await asyncio.sleep(0)
         for key, job in self.all.items():
-            if not job.finished:
+            if not job.finished and job.state != HELD:
                 state = PROCESSING if self.hold else self.outcome
                 self.all[key] = CupsJob(job.id, state, ("job-printing",) if self.hold else (), self.message)
         return {key: job for key, job in self.all.items() if job.id >= first}

@@ -53,10 +53,11 @@ class PlainSpawn:
         env: Mapping[str, str],
         network: bool,
         private_tmp_bytes: int = 0,
+        hidden: Sequence[str] = (),
         limits: Limits = Limits(),  # noqa: B008
     ) -> PlainProgram:
         self.calls.append({"argv": tuple(argv), "uid": uid, "cgroup_procs": tuple(cgroup_procs), "network": network,
-                           "private_tmp_bytes": private_tmp_bytes, "limits": limits})  # fmt: skip
+                           "private_tmp_bytes": private_tmp_bytes, "hidden": tuple(hidden), "limits": limits})  # fmt: skip
         if shutil.which(argv[0], path=env["PATH"]) is None:
             raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), argv[0])
         env = dict(env) | ({"TMPDIR": str(self.tmp)} if "TMPDIR" in env else {})

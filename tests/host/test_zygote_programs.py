@@ -59,6 +59,7 @@ async def start(
     stdin: str = os.devnull,
     network: bool = False,
     tmp: int = 1 << 20,
+    hidden: Sequence[str] = (),
     limits: Limits = SANS,
 ) -> Running:
     out, out_in = os.pipe()
@@ -66,7 +67,7 @@ async def start(
         with open(stdin, "rb") as file:
             child = await zygote.spawn_program(
                 argv, uid=uid, cgroup_procs=procs, stdin=file.fileno(), stdout=out_in, stderr=out_in, env=ENV,
-                network=network, private_tmp_bytes=tmp, limits=limits,
+                network=network, private_tmp_bytes=tmp, hidden=hidden, limits=limits,
             )  # fmt: skip
     except BaseException:
         os.close(out)
@@ -102,6 +103,15 @@ async def test_it_sees_no_process_and_no_descriptor_but_its_own(zygote: Zygote) 
     code, text = await shell(zygote, "echo $$ /proc/[0-9]*; exec ls /proc/self/fd")
     assert code == 0
     assert text.split() == ["2", "/proc/1", "/proc/2", "0", "1", "2", "3"]  # init and the shell; 3 is what ls reads
+
+
+async def test_hidden_directories_are_empty_and_closed(zygote: Zygote) -> None:
+    code, text = await shell(
+        zygote, "ls /var/lib; cat /etc/apt/sources.list; ls /usr | wc -l", hidden=("/var/lib", "/etc/apt", "/no")
+    )
+    assert code == 0
+    assert text.count("Permission denied") == 2 and int(text.splitlines()[-1]) > 3
+    assert os.listdir("/var/lib")
 
 
 LOOK_AT_NETWORK = """

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from nodeagent.services.printing import cups_watch
 from nodeagent.services.printing.cups_client import CupsJob
 from tests.fakes.print_server import CANCELLED, COMPLETED, PROCESSING, FakeCups
 from tests.fakes.spooling import Spooling, fake_house, files, running
@@ -44,6 +45,25 @@ async def test_a_restart_asks_cupsd_what_it_has(tmp_path: Path, state: int | Non
     async with running(fake_house(tmp_path, cups)) as house:
         assert (await house.ended(job)).state == COMPLETED
         assert [data for _, _, data, _ in cups.printed] == [b"HELLO"] * printed_again
+
+
+async def test_a_job_that_cupsd_was_killed_over_does_not_stop_the_queue(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """cupsd comes back with the job, without its file, held for ever."""
+    monkeypatch.setattr(cups_watch, "HELD_S", 0.05)
+    cups = FakeCups()
+    cups.hold = True
+    first_life = fake_house(tmp_path, cups)
+    async with running(first_life):
+        job = await first_life.send(b"hello")
+        await first_life.until(lambda: len(cups.printed) == 1)
+        (_, key, _, _), cups.printed = cups.printed[0], []
+    cups.all[key] = CupsJob(1, cups_watch.HELD)
+    cups.hold = False
+    async with running(fake_house(tmp_path, cups)) as house:
+        assert (await house.ended(job)).state == COMPLETED
+        assert [data for _, _, data, _ in cups.printed] == [b"hello"]
 
 
 async def test_what_the_back_end_has_marked_as_printed_is_not_printed_again(tmp_path: Path) -> None:

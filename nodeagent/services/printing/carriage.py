@@ -83,10 +83,11 @@ class Carriage:
     async def _print(self, job: Job, number: int, found: CupsJob | None) -> None:
         """Have one document printed. `found`: cupsd has it already."""
         for _ in range(TRIES):
+            if self._store.printed(job.seat.name, job.record.id, number).exists():
+                self._processing(job, "job-printing")
+                self._watch.sweep()  # whatever cupsd still has of it
+                return
             if found is None:
-                if self._store.printed(job.seat.name, job.record.id, number).exists():
-                    self._processing(job, "job-printing")
-                    return
                 found = await self._submit(job, number)
             self._processing(job, "job-printing")
             job.cups_job = found.id

@@ -20,6 +20,9 @@ KEY_PREFIX = "spool:"
 """What all keys of ours begin with; other jobs of this cupsd are left alone."""
 SOONEST_S = 0.02
 LATEST_S = 0.5
+HELD = 4
+"""job-state (RFC 8011 5.3.7) of a job without its file. We hold none: it is one that cupsd was killed over."""
+HELD_S = 2.0
 PATIENCE = 4
 """A job of age t is asked for after another t / PATIENCE, within the two limits."""
 
@@ -105,6 +108,9 @@ class CupsWatch:
             if job is not None and job != followed.last:
                 followed.last = job
                 followed.on_progress(job)
+            if job is not None and job.state == HELD and asyncio.get_running_loop().time() - followed.since > HELD_S:
+                await self._cups.cancel(job.id)
+                job = None
             if (job is None or job.finished) and not followed.end.done():
                 followed.end.set_result(job)
 

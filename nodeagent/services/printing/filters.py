@@ -45,9 +45,16 @@ class SeatContext(msgspec.Struct, frozen=True):
 
 
 class Filters:
-    """`seat_context(seat)` raises AgentError while the seat is not there."""
+    """`seat_context(seat)` raises AgentError while the seat is not there; `hidden` are directories that filters find empty."""
 
-    def __init__(self, limits: PrintingConfig, spawn: Spawn, seat_context: Callable[[str], SeatContext]) -> None:
+    def __init__(
+        self,
+        limits: PrintingConfig,
+        spawn: Spawn,
+        seat_context: Callable[[str], SeatContext],
+        hidden: tuple[str, ...] = (),
+    ) -> None:
+        self._hidden = hidden
         self._spawn = spawn
         self._context = seat_context
         self._timeout_s = limits.filter_timeout
@@ -93,7 +100,7 @@ class Filters:
                 program = await self._spawn(
                     stage.argv, uid=context.uid, cgroup_procs=context.cgroup_procs, stdin=fds[0], stdout=fds[1],
                     stderr=stderr, env=ENVIRONMENT | stage.env, network=False, private_tmp_bytes=PRIVATE_TMP_BYTES,
-                    limits=self._limits,
+                    hidden=self._hidden, limits=self._limits,
                 )  # fmt: skip
                 try:
                     code = (await program.wait()).code

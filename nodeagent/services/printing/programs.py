@@ -39,7 +39,9 @@ class Program(Protocol):
 
 class Spawn(Protocol):
     """Execute a program with duplicates of three descriptors. `uid` None stays root; `network` False: none but Unix sockets;
-    `private_tmp_bytes`: a /tmp of its own. Raises AgentError or OSError with the cause when it cannot be executed."""
+    `private_tmp_bytes`: a /tmp of its own; `hidden`: directories it finds empty.
+
+    Raises AgentError or OSError with the cause when it cannot be executed."""
 
     async def __call__(
         self,
@@ -53,6 +55,7 @@ class Spawn(Protocol):
         env: Mapping[str, str],
         network: bool,
         private_tmp_bytes: int = 0,
+        hidden: Sequence[str] = (),
         limits: Limits = ...,
     ) -> Program: ...
 

@@ -1,0 +1,5 @@
+"""Fixtures of the host tests."""
+
+from tests.grpc_runtime import grpc_runtime
+
+__all__ = ["grpc_runtime"]
