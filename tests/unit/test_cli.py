@@ -144,6 +144,17 @@ def test_a_named_file_that_is_absent_is_a_configuration_error() -> None:
         assert_no_traceback(done)
 
 
+@pytest.mark.parametrize("broken", ["run_dir: {dir}\nnonsense: 1\n", "run_dir: {dir}\ndevices: {{rules: [{{}}]}}\n"])
+def test_a_file_that_became_unusable_does_not_keep_from_asking_the_daemon_why(tmp_path: Path, broken: str) -> None:
+    path = tmp_path / "c.yaml"
+    path.write_text(broken.format(dir=tmp_path))
+    for verb in (["status"], ["seats"], ["config", "show", "--running"], ["config", "reload"]):
+        done = nodeagent_(*verb, "--config", path)
+        assert done.returncode == cli.UNKNOWN, (verb, done.stderr)
+        assert f"{tmp_path}/nodeagent.sock" in done.stderr
+    assert nodeagent_("config", "show", "--config", path).returncode == cli.CONFIG
+
+
 def test_a_wrong_key_is_named_with_its_path(tmp_path: Path) -> None:
     path = tmp_path / "c.yaml"
     path.write_text("devices:\n  rules:\n    - name: x\n      match: {}\n      give: everything\n")
