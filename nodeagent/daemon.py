@@ -19,8 +19,6 @@ from collections.abc import Callable
 from contextlib import AsyncExitStack
 from pathlib import Path
 
-import msgspec
-
 import nodeagent
 from nodeagent import logs
 from nodeagent.config import Config, load, node_name
@@ -52,7 +50,7 @@ from nodeagent.seats.zygote import Zygote
 from nodeagent.services.printing.cups import Cups
 from nodeagent.services.printing.filters import Filters
 from nodeagent.services.printing.spool import Spool
-from nodeagent.view import View
+from nodeagent.view import Active, View
 from nodeagent.web.app import Web
 
 log = logging.getLogger(__name__)
@@ -63,22 +61,6 @@ REAP_S = 2.0
 
 class Stopped(Exception):
     """Ends a TaskGroup when the daemon was asked to stop."""
-
-
-class Active(msgspec.Struct, kw_only=True):
-    """The parts that only the holder of the state lock has."""
-
-    leases: Leases
-    outbox: Outbox
-    api: KubeClient | None
-    events: Events
-    cri: Cri
-    cups: Cups
-    spool: Spool
-    roster: Roster
-    binding: Binding
-    registrar: Registrar
-    offers: Offers
 
 
 async def serve(
@@ -178,7 +160,7 @@ async def _be_active(
                     metrics=metrics,
                 )  # fmt: skip
                 active = Active(
-                    leases=leases, outbox=outbox, api=api, events=events, cri=cri, cups=cups, spool=spool, roster=roster,
+                    leases=leases, outbox=outbox, api=api, cri=cri, cups=cups, spool=spool, roster=roster,
                     binding=binding, registrar=registrar, offers=offers,
                 )  # fmt: skip
                 tasks.create_task(events.run(), name="events")

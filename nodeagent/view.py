@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import os
 import time
-from typing import Literal, Protocol
+from typing import Literal
+
+import msgspec
 
 import nodeagent
 from nodeagent import documents as doc
@@ -32,8 +34,8 @@ OPEN_STATES = (3, 4, 5)
 CANCELLED, ABORTED, COMPLETED = 7, 8, 9
 
 
-class ActiveParts(Protocol):
-    """What an active daemon has and a standby has not."""
+class Active(msgspec.Struct, kw_only=True):
+    """The parts that only the holder of the state lock has: what an active daemon has and a standby has not."""
 
     leases: Leases
     outbox: Outbox
@@ -51,7 +53,7 @@ class View:
     """Answers for the control socket and for HTTP (documents.Documents)."""
 
     def __init__(self, source: Reload) -> None:
-        self.active: ActiveParts | None = None
+        self.active: Active | None = None
         self.inventory: Inventory | None = None
         self._source = source
         self._started_s = time.time()
@@ -163,7 +165,7 @@ class View:
 
     # ---- their parts
 
-    def _seat(self, seat: Seat, active: ActiveParts) -> doc.SeatRow:
+    def _seat(self, seat: Seat, active: Active) -> doc.SeatRow:
         devices = self.inventory.devices if self.inventory else {}
         jobs = active.spool.jobs(seat.name)
         bytes_in, bytes_out = seat.moved_bytes

@@ -10,7 +10,6 @@ Blocking; call it in the thread that will own the connection.
 from __future__ import annotations
 
 import logging
-import os
 import sqlite3
 import time
 from pathlib import Path
@@ -18,6 +17,7 @@ from pathlib import Path
 import msgspec
 
 from nodeagent.errors import AgentError, Reason
+from nodeagent.host import sync_directory
 
 log = logging.getLogger(__name__)
 
@@ -131,11 +131,7 @@ def _create(path: Path, schema: Schema) -> None:
         connection.close()
     unfinished.chmod(0o600)
     unfinished.replace(path)
-    directory = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        os.fsync(directory)
-    finally:
-        os.close(directory)
+    sync_directory(path.parent)
 
 
 def _move_aside(path: Path) -> Path:

@@ -18,6 +18,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from nodeagent.errors import AgentError, Reason
+from nodeagent.host import sync_directory
 from nodeagent.model import Device, DeviceClass, UsbDevice
 
 log = logging.getLogger(__name__)
@@ -93,11 +94,7 @@ def _create(path: Path) -> bool:
             made = True
     finally:
         temporary.unlink(missing_ok=True)
-    directory = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        os.fsync(directory)
-    finally:
-        os.close(directory)
+    sync_directory(path.parent)
     return made
 
 

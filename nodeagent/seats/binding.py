@@ -26,7 +26,7 @@ from nodeagent.devices.slots import Slots
 from nodeagent.errors import AgentError, Reason
 from nodeagent.host import HostRoot
 from nodeagent.metrics import Metrics
-from nodeagent.model import Audience, Container, Lease, Offer, PodRef, Resource, Sandbox
+from nodeagent.model import Audience, Container, Lease, Offer, PodRef, Resource, Sandbox, SandboxKind
 from nodeagent.sandboxes import kind_of, mounted
 from nodeagent.seats.admission import admit, needs_account
 from nodeagent.seats.roster import Roster
@@ -251,7 +251,7 @@ class Binding:
         except AgentError:
             return None
         if mine and holder is not None:
-            holder.kind = kind_of(sandbox.handler, self.config.cri.handlers)  # not known when it was rebound
+            holder.kind = self._kind(sandbox)  # not known when it was rebound
         if not await self._is_ours(seen) or (seen.shared and not mine):
             return await self._stale(
                 seen, "it was made before its slot" if not seen.shared else "another pod has it too"
@@ -268,7 +268,7 @@ class Binding:
 
     async def _is_ours(self, seen: Seen) -> bool:
         """Whether the container has mounted the directory that stands at the slot's path now."""
-        kind = kind_of(seen.sandbox.handler, self.config.cri.handlers)
+        kind = self._kind(seen.sandbox)
         root = await asyncio.to_thread(mounted, self._host, kind, seen.container, seen.destination)
         if root is not None:
             return root.endswith(f"/{seen.slot}")
@@ -310,7 +310,7 @@ class Binding:
             for seat in tuple(self._roster.seats.values()):
                 if seat.pod.uid not in alive and seat.since_s < asked_s:
                     self._roster.end(seat.name)
-            mounts = {source for c in view.containers for source in c.mounts.values()}
+            mounts = _mounted_sources(view)
             for name in self._slots.names() - {x.slot for x in self._leases.leases}:
                 if str(self._slots.path(name)) not in mounts and self._roster.holder(name) is None:
                     self._slots.discard(self._slots.set_aside(name))
@@ -336,7 +336,7 @@ class Binding:
         except AgentError:
             return
         held = {(h.resource, i) for h in holdings for i in h.ids}
-        mounts = {source for c in view.containers for source in c.mounts.values()}
+        mounts = _mounted_sources(view)
         async with self._lock:
             for lease in old:
                 unlisted = bool(holdings) and (lease.resource, lease.device_id) not in held
@@ -354,7 +354,7 @@ class Binding:
         self._seen_s[name] = self._now()
         offers = [resource.offers[i] for i in ids if i in resource.offers]
         try:
-            admit(resource.to, offers, sandbox, kind_of(sandbox.handler, self.config.cri.handlers), account)
+            admit(resource.to, offers, sandbox, self._kind(sandbox), account)
         except AgentError as error:
             known = self.refusals.get(name)
             if note and (known is None or (known.pod, known.reason) != (sandbox.pod, error.reason)):
@@ -394,7 +394,7 @@ class Binding:
         before = self._slots.read(name)
         document = slot_rules.document(name, resource, ids, "bound", before.made_ns if before else self._now_ns())
         services = {*document.services, *(before.services if before else ())}
-        kind = kind_of(sandbox.handler, self.config.cri.handlers)
+        kind = self._kind(sandbox)
         await self._roster.occupy(name, resource.name, ids, directory, container, sandbox.pod, kind, services)
         self._slots.write(document)
 
@@ -412,6 +412,9 @@ class Binding:
                     await self._occupy(slot, resource, tuple(x.device_id for x in leases), sandbox, leases[0].container)
             except (AgentError, OSError) as error:
                 log.error("the seat of pod %s cannot be rebound now: %s", pod, error)
+
+    def _kind(self, sandbox: Sandbox) -> SandboxKind:
+        return kind_of(sandbox.handler, self.config.cri.handlers)
 
     def _now_ns(self) -> int:
         return int(self._now() * 1e9)
@@ -441,6 +444,11 @@ def _holding(holdings: tuple[Holding, ...], resource: str, ids: tuple[str, ...])
     wanted = set(ids)
     among = [h for h in holdings if h.resource == resource and wanted <= set(h.ids)]
     return next((h for h in among if set(h.ids) == wanted), among[0] if among else None)
+
+
+def _mounted_sources(view: CriView) -> set[str]:
+    """Every path of the host that a running container has mounted."""
+    return {source for c in view.containers for source in c.mounts.values()}
 
 
 def _newest_ready(view: CriView, namespace: str, name: str) -> Sandbox | None:
