@@ -11,11 +11,17 @@ from pathlib import Path
 
 import msgspec
 
-from bench import daemon, printing
+from bench import daemon, histories, hotplug, printing, recordings
 from bench.result import Result
 
 RESULTS = Path(__file__).with_name("results.json")
-PARTS = {"daemon": daemon.measure, "printing": printing.measure}
+PARTS = {
+    "daemon": daemon.measure,
+    "printing": printing.measure,
+    "hotplug": hotplug.measure,
+    "histories": histories.measure,
+    "recordings": recordings.measure,
+}
 
 
 def main() -> int:

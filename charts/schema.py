@@ -22,6 +22,11 @@ def schema() -> dict[str, Any]:
     """The schema of the chart's values: `config` as nodeagent/config.py has it, the rest as the templates use it."""
     (config,), definitions = msgspec.json.schema_components([Config], ref_template="#/$defs/{name}")
     values = {
+        "admissionPolicy": {
+            "type": "object",
+            "properties": {"manifest": TEXT},
+            "additionalProperties": False,
+        },
         "architectures": {
             "type": "array",
             "minItems": 1,

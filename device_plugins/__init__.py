@@ -1,11 +1,16 @@
 """What a USB device is to us: one file per class, each a pure leaf.
 
-A leaf says which devices are its own (`claims`, from descriptors alone) and what holding one means (`grant`: which service
-sockets a seat gains, which nodes a container needs). It does no I/O and sees only nodeagent.model and nodeagent.errors.
+A leaf says which interfaces of a device are its own (`claims`, from descriptors alone) and what holding them means (`grant`:
+which service sockets a seat gains, which nodes a container needs). It does no I/O and sees only nodeagent.model and
+nodeagent.errors.
 
-`CLASSES` is the whole list. The claims of its leaves are disjoint on every device in tests/machines (a test); on a device
-that two of them would claim the first in the list wins. `usb` comes last and claims what is left, except what is no device
-to us: hubs, and the keyboards and mice that belong to the node's own console.
+A leaf goes by every alternate setting of an interface (`Interface.types`), because drivers switch between them: a device
+must not change its class when somebody begins to print.
+
+`CLASSES` is the whole list. Each leaf in turn is shown the interfaces that no earlier one took, so that a printer with a
+card slot is a printer and a stick, and a key with CCID and FIDO is one key. On every device in tests/machines the claims are
+disjoint without that order too (a test), with one exception: the disk with the driver of a key looks like a stick and is the
+key's (device_plugins/ukey.py). `usb` comes last and takes devices that are nobody's.
 """
 
 from __future__ import annotations
@@ -13,7 +18,7 @@ from __future__ import annotations
 from typing import Protocol
 
 from device_plugins import audio, printer, storage, ukey, usb
-from nodeagent.model import Device, DeviceClass, Grant, UsbDevice
+from nodeagent.model import Device, DeviceClass, Grant, Part, UsbDevice
 
 
 class Leaf(Protocol):
@@ -22,8 +27,8 @@ class Leaf(Protocol):
     @property
     def CLASS(self) -> DeviceClass: ...
 
-    def claims(self, usb: UsbDevice, /) -> bool:
-        """This device is of my class."""
+    def claims(self, usb: UsbDevice, free: frozenset[int], /) -> frozenset[int]:
+        """The interfaces of this device, out of `free`, that are of my class."""
         ...
 
     def grant(self, device: Device, /) -> Grant:
@@ -34,9 +39,15 @@ class Leaf(Protocol):
 CLASSES: tuple[Leaf, ...] = (ukey, printer, audio, storage, usb)
 
 
-def classify(usb: UsbDevice) -> DeviceClass | None:
-    """The class of the first leaf that claims the device; None when it is no device to us."""
-    return next((leaf.CLASS for leaf in CLASSES if leaf.claims(usb)), None)
+def classify(usb: UsbDevice) -> tuple[Part, ...]:
+    """The parts of a device, in the order of CLASSES, with disjoint interfaces; none when it is no device to us."""
+    free = frozenset(i.number for i in usb.interfaces)
+    parts = []
+    for leaf in CLASSES:
+        if taken := leaf.claims(usb, free):
+            parts.append(Part(leaf.CLASS, tuple(sorted(taken))))
+            free -= taken
+    return tuple(parts)
 
 
 def grant(device: Device) -> Grant:

@@ -9,7 +9,7 @@ from nodeagent.model import Device, DeviceClass, Grant, UsbDevice
 
 CLASS = DeviceClass.PRINTER
 
-PRINTING = (0x07, 0x01)
+PRINTING = "07:01:"
 """bInterfaceClass and bInterfaceSubClass; protocols 01 one-way, 02 two-way (USB Printer Class 1.1), 04 IPP over USB."""
 
 OCTET_STREAM = "application/octet-stream"
@@ -30,17 +30,19 @@ MAX_ID_CHARS = 1024
 MAX_COMMANDS = 64
 
 
-def claims(usb: UsbDevice) -> bool:
-    return any((i.cls, i.subclass) == PRINTING for i in usb.interfaces)
+def claims(usb: UsbDevice, free: frozenset[int]) -> frozenset[int]:
+    """IPP over USB is often an alternate setting of an interface that is something else until it is switched."""
+    printing = (i.number for i in usb.interfaces if any(t.startswith(PRINTING) for t in i.types))
+    return frozenset(printing) & free
 
 
 def grant(device: Device) -> Grant:
     """Printing needs the usblp node (or a simulated printer's file); without one only libusb programs reach the printer."""
     usb = device.usb
-    usblp = tuple(n for n in usb.nodes if n.path.startswith("/dev/usb/lp"))
+    usblp = tuple(n for n in usb.nodes if n.path.startswith("/dev/usb/lp") and device.has(n))
     return Grant(
         services=("ipp",) if usblp or usb.simulated else (),
-        nodes=usblp or tuple(n for n in usb.nodes if n.subsystem == "usb"),
+        nodes=usblp or ((usb.bus_node,) if usb.bus_node else ()),
     )
 
 

@@ -16,8 +16,11 @@ import msgspec
 import yaml
 from msgspec import Meta
 
+from nodeagent import usbguard
 from nodeagent.errors import ConfigError
-from nodeagent.model import Audience, Give
+from nodeagent.marks import take_label, take_taint
+from nodeagent.model import Audience, DeviceClass, Give
+from nodeagent.usbguard import SetText
 
 DEFAULT_PATH = Path("/etc/nodeagent/config.yaml")
 MAX_CONFIG_BYTES = 1 << 20
@@ -75,27 +78,57 @@ class HttpConfig(Section, frozen=True):
 class KubernetesConfig(Section, frozen=True):
     api: Literal["auto", "off"] = "auto"
     """auto: the in-cluster service account where there is one; Events wait in the outbox while the API server is away."""
+    startup_taint: str = ""
+    """`key[=value]:Effect` that the node has while its devices are not offered; empty: none (marks.take_taint)."""
+    ready_label: str = ""
+    """`key=value` that the node has while they are; empty: none (marks.take_label)."""
 
 
 class Match(Section, frozen=True):
-    """All given attributes must fit. Hex ids are lower case without 0x; text attributes are fnmatch patterns."""
+    """All given attributes must fit. Hex ids are lower case without 0x; text attributes are fnmatch patterns; `id`,
+    `with_interface` and `with_connect_type` are sets in USBGuard's language (usbguard.py)."""
 
     class_: str | None = msgspec.field(default=None, name="class")
+    """What its descriptors say it is."""
     vendor: HexId | None = None
     product: HexId | None = None
+    id: SetText | None = None
     serial: Pattern | None = None
+    name: Pattern | None = None
+    """Manufacturer and product as `nodeagent devices` shows them."""
     port: Pattern | None = None
+    with_interface: SetText | None = None
+    with_connect_type: SetText | None = None
     simulated: bool | None = None
+    input: bool = False
+    """Keyboards and mice: a raw device with one of them is matched by a rule that says `true` and by no other."""
+
+
+SETS: dict[str, usbguard.Syntax] = {
+    "id": usbguard.device_id,
+    "with_interface": usbguard.interface,
+    "with_connect_type": usbguard.word,
+}
+"""The attributes of a match that are sets, and how their values are written."""
 
 
 class Rule(Section, frozen=True):
     name: Annotated[str, Meta(min_length=1, max_length=63)]
     match: Match
-    resource: ResourceLeaf | None = None
-    """The leaf below `domain`; the default is the class (`usb-storage` for storage)."""
+    as_: DeviceClass | None = msgspec.field(default=None, name="as")
+    """What the whole device is taken for, whatever its descriptors say: a token that speaks only its vendor's protocol."""
+    resource: ResourceLeaf | Annotated[tuple[ResourceLeaf, ...], Meta(min_length=1, max_length=8)] | None = None
+    """The leaf below `domain`, or several; the default is the class (`usb-storage` for storage)."""
     give: Give = "service"
     sandbox: Literal["any", "runc", "gvisor", "kata", "kubevirt"] = "any"
+    cdi: bool = False
+    """Device nodes through a CDI specification, which a restarted container reads anew, in place of DeviceSpecs."""
     to: Audience = Audience()
+
+    @property
+    def leaves(self) -> tuple[str, ...]:
+        """The leaves that the rule names; none where its devices' class does."""
+        return self.resource if isinstance(self.resource, tuple) else (self.resource,) if self.resource else ()
 
 
 class SimulatedDevice(Section, frozen=True):
@@ -115,6 +148,13 @@ class DevicesConfig(Section, frozen=True):
     resync: Seconds = 300.0
     stale_slot: Literal["report", "restart"] = "report"
     """What happens to a container that started on a directory that is not its slot: an Event, or also a restart of it."""
+    on_refusal: Literal["report", "evict"] = "report"
+    """What happens to a pod that was refused three times and holds its device: a metric, or also its eviction."""
+    clean_up: bool = True
+    """Reset the port, or flush the disk, of a device given as nodes when its lease ends, before the next pod has it."""
+    claim: bool = True
+    """Keep the host's own programs off the devices that are offered, by rules for its udev."""
+    cdi_dir: str = "/var/run/cdi"
 
 
 class SeatsConfig(Section, frozen=True):
@@ -166,8 +206,8 @@ DEFAULT_RESOURCE = {"ukey": "ukey", "printer": "printer", "audio": "audio", "sto
 """Class -> leaf of its resource name, where the rule does not say."""
 
 
-def resource_leaf(rule: Rule, device_class: str) -> str:
-    return rule.resource or DEFAULT_RESOURCE[device_class]
+def resource_leaves(rule: Rule, device_class: str) -> tuple[str, ...]:
+    return rule.leaves or (DEFAULT_RESOURCE[device_class],)
 
 
 class _UniqueKeyLoader(yaml.SafeLoader):
@@ -239,6 +279,8 @@ def check(config: Config) -> None:
             "run_dir: longer than 60 characters; the paths of Unix sockets below it would not fit into 108"
         )
     _check_http(config.http)
+    take_taint(config.kubernetes.startup_taint, "kubernetes.startup_taint")
+    take_label(config.kubernetes.ready_label, "kubernetes.ready_label")
     names: set[str] = set()
     audiences: dict[str, tuple[int, Audience]] = {}
     for index, rule in enumerate(config.devices.rules):
@@ -250,10 +292,16 @@ def check(config: Config) -> None:
             raise ConfigError(f"{where}.match.class: {rule.match.class_!r} is none of {', '.join(DEFAULT_RESOURCE)}")
         if rule.give not in ("service", "node"):
             raise ConfigError(f"{where}.give: {rule.give!r} is not supported by this version", hint="service or node")
-        if rule.give == "node" and rule.sandbox not in ("any", "runc"):
-            raise ConfigError(f"{where}.sandbox: device nodes work under runc only, not {rule.sandbox}")
+        if rule.give == "node" and rule.sandbox not in ("any", "runc", "kubevirt"):
+            raise ConfigError(f"{where}.sandbox: device nodes work under runc and in KubeVirt only, not {rule.sandbox}")
+        if rule.cdi and rule.give != "node":
+            raise ConfigError(f"{where}.cdi: only device nodes (`give: node`) come by CDI")
+        if len(set(rule.leaves)) != len(rule.leaves):
+            raise ConfigError(f"{where}.resource: a name stands twice")
+        _check_sets(where, rule.match)
         _check_audience(where, rule.to)
-        for leaf in {resource_leaf(rule, c) for c in ([rule.match.class_] if rule.match.class_ else DEFAULT_RESOURCE)}:
+        classes = [rule.as_ or rule.match.class_] if rule.as_ or rule.match.class_ else DEFAULT_RESOURCE
+        for leaf in sorted({leaf for c in classes for leaf in resource_leaves(rule, str(c))}):
             first, audience = audiences.setdefault(leaf, (index, rule.to))
             if audience != rule.to:
                 raise ConfigError(
@@ -265,6 +313,18 @@ def check(config: Config) -> None:
         if simulated.serial in serials:
             raise ConfigError(f"devices.simulated[{index}].serial: {simulated.serial!r} is used twice")
         serials.add(simulated.serial)
+
+
+def _check_sets(where: str, match: Match) -> None:
+    for key, syntax in SETS.items():
+        text = getattr(match, key)
+        if text is not None:
+            try:
+                usbguard.take_set(text, syntax)
+            except ValueError as error:
+                raise ConfigError(
+                    f"{where}.match.{key}: {error}", hint="as in USBGuard's rules: `one-of { 0b:*:* 03:00:* }`"
+                ) from error
 
 
 def _check_audience(where: str, to: Audience) -> None:

@@ -23,16 +23,20 @@ import nodeagent
 from nodeagent import logs
 from nodeagent.config import Config, load, node_name
 from nodeagent.control import Control
+from nodeagent.devices.cdi import CdiFiles
+from nodeagent.devices.claims import Claims, owner
 from nodeagent.devices.cri import Cri
-from nodeagent.devices.identity import node_key
+from nodeagent.devices.identity import TwinMemory, node_key
 from nodeagent.devices.inventory import Inventory
 from nodeagent.devices.kubelet import Registrar
 from nodeagent.devices.leases import Leases
 from nodeagent.devices.podresources import PodResources
 from nodeagent.devices.slots import Slots
+from nodeagent.devices.slow_calls import SlowCalls
 from nodeagent.devices.uids import check_uid_range, take_subuid
 from nodeagent.errors import AgentError, ConfigError, Reason
 from nodeagent.host import HostRoot
+from nodeagent.marks import take_label, take_taint
 from nodeagent.metrics import Metrics
 from nodeagent.model import PodRef
 from nodeagent.offers import Offers
@@ -41,8 +45,13 @@ from nodeagent.report.endpoint import Endpoint, discover
 from nodeagent.report.events import Events
 from nodeagent.report.kube import KubeClient
 from nodeagent.report.outbox import Outbox
+from nodeagent.report.readiness import Readiness
 from nodeagent.seats.binding import AccountLookup, Binding
 from nodeagent.seats.cgroups import SeatCgroups
+from nodeagent.seats.clean_ups import CleanUps, device_hook
+from nodeagent.seats.comparison import Comparison
+from nodeagent.seats.node_carriage import NodeCarriage, carry
+from nodeagent.seats.refusals import Refusals
 from nodeagent.seats.roster import Roster
 from nodeagent.seats.seat import Surroundings
 from nodeagent.seats.strays import Strays
@@ -50,6 +59,7 @@ from nodeagent.seats.zygote import Zygote
 from nodeagent.services.printing.cups import Cups
 from nodeagent.services.printing.filters import Filters
 from nodeagent.services.printing.spool import Spool
+from nodeagent.transports.labels import Labels
 from nodeagent.view import Active, View
 from nodeagent.web.app import Web
 
@@ -86,7 +96,7 @@ async def serve(
     try:
         async with AsyncExitStack() as stack, asyncio.TaskGroup() as tasks:
             zygote = await stack.enter_async_context(Zygote())
-            inventory = await stack.enter_async_context(Inventory(host, config.devices, key, held=view.held))
+            inventory = await stack.enter_async_context(Inventory(host, config.devices, key, TwinMemory(state_dir)))
             view.inventory = inventory
             source.on_config.append(lambda new: inventory.reconfigure(new.devices))
             source.on_config.append(lambda new: logs.configure(new.log))
@@ -126,12 +136,14 @@ async def _be_active(
         events = Events(outbox, node_name(config), metrics, api)
         cri = await parts.enter_async_context(Cri(host, config.cri.socket))
         pod_resources = await parts.enter_async_context(PodResources(config.pod_resources_socket))
-        slots = Slots(run_dir)
+        slots = Slots(run_dir, Labels(host))
         slots.prepare()
         # Two daemons in one cgroup (two state directories on one node) must not sweep each other's seats.
         cgroups = SeatCgroups(name=f"nodeagent-seats-{hashlib.sha256(config.state_dir.encode()).hexdigest()[:8]}")
         await cgroups.prepare()
         parts.push_async_callback(cgroups.remove)
+        slow = SlowCalls()
+        claims = Claims(host, owner(config.state_dir), slow)
         try:
             async with asyncio.TaskGroup() as tasks:
                 cups = Cups(config.printing, state_dir, run_dir, zygote.spawn_program, metrics)
@@ -149,38 +161,62 @@ async def _be_active(
                     config=config, leases=leases, slots=slots, cgroups=cgroups, spool=spool, around=around,
                     metrics=metrics, tasks=tasks,
                 )  # fmt: skip
+                hook = device_hook(host, slow, lambda due: offers.to_clean(due))
+                clean_ups = CleanUps(leases=leases, roster=roster, hook=hook, metrics=metrics, tasks=tasks)
+                refusals = Refusals(
+                    report=events, metrics=metrics, evict=api.evict if api else None,
+                    evicting=lambda: source.config.devices.on_refusal == "evict", admitted=roster.seated,
+                )  # fmt: skip
                 binding = Binding(
-                    config=config, host=host, leases=leases, slots=slots, roster=roster, cri=cri,
-                    pod_resources=pod_resources, account=_accounts(api), report=events, metrics=metrics,
+                    config=config, leases=leases, slots=slots, roster=roster, cri=cri, pod_resources=pod_resources,
+                    clean_ups=clean_ups, account=_accounts(api), refusals=refusals,
+                )  # fmt: skip
+                carriage = NodeCarriage(
+                    roster=roster, slots=slots, offers=binding.offers, carry=lambda *change: carry(host, *change),
+                    report=events, metrics=metrics,
+                )  # fmt: skip
+                comparison = Comparison(
+                    binding=binding, host=host, leases=leases, slots=slots, roster=roster, cri=cri,
+                    pod_resources=pod_resources, clean_ups=clean_ups, carriage=carriage, report=events, metrics=metrics,
                     on_release=inventory.settle,
                 )  # fmt: skip
                 registrar = Registrar(Path(config.kubelet.device_plugin_dir), binding, pod_resources, metrics)
                 offers = Offers(
                     config=config, inventory=inventory, binding=binding, registrar=registrar, roster=roster, cups=cups,
-                    metrics=metrics,
+                    cdi=CdiFiles(Path(config.devices.cdi_dir)), claims=claims, metrics=metrics, wake=comparison.wake,
                 )  # fmt: skip
+                binding.on_leases, binding.tell_leases = offers.on_leases, offers.tell_leases
                 active = Active(
                     leases=leases, outbox=outbox, api=api, cri=cri, cups=cups, spool=spool, roster=roster,
-                    binding=binding, registrar=registrar, offers=offers,
+                    binding=binding, comparison=comparison, registrar=registrar, offers=offers, claims=claims,
+                    slots=slots,
                 )  # fmt: skip
                 tasks.create_task(events.run(), name="events")
                 tasks.create_task(cups.run(), name="cupsd")
                 parts.callback(roster.close)
                 metrics.on_scrape += [offers.measure, roster.measure, binding.measure]
+                await inventory.own(binding.held)
                 offers.apply()
                 inventory.subscribe(offers.on_change)
                 source.on_config.append(offers.on_config)
                 source.on_rejected = lambda message: events.node_event(Reason.CONFIG_INVALID, message)
                 await binding.rebind()
+                await binding.rebuild()
                 tasks.create_task(spool.run(), name="spool")
                 tasks.create_task(offers.run(), name="offers")
                 view.active = active
-                tasks.create_task(binding.run(), name="comparison")
+                tasks.create_task(comparison.run(), name="comparison")
+                tasks.create_task(refusals.run(), name="refusals")
+                if api is not None:
+                    tasks.create_task(_readiness(api, config, registrar).run(), name="readiness")
+                claiming = tasks.create_task(claims.run(), name="claims")
                 kubelet = tasks.create_task(registrar.run(), name="kubelet")
                 log.info("active")
                 await stop.wait()
                 kubelet.cancel()  # first, so that the kubelet asks nothing of a daemon that is leaving
-                await asyncio.wait({kubelet})
+                claiming.cancel()
+                await asyncio.wait({kubelet, claiming})
+                await claims.close(x.device_id for x in leases.leases)
                 raise Stopped
         except* Stopped:
             view.active = None
@@ -201,6 +237,15 @@ async def _until_own_or(stop: asyncio.Event, path: Path, stack: AsyncExitStack) 
         else:
             return
     raise Stopped
+
+
+def _readiness(api: KubeClient, config: Config, registrar: Registrar) -> Readiness:
+    kubernetes = config.kubernetes
+    return Readiness(
+        api, node_name(config), registrar.registered,
+        taint=take_taint(kubernetes.startup_taint, "kubernetes.startup_taint"),
+        label=take_label(kubernetes.ready_label, "kubernetes.ready_label"),
+    )  # fmt: skip
 
 
 def _accounts(api: KubeClient | None) -> AccountLookup:

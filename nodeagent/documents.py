@@ -138,8 +138,11 @@ class DeviceRow(Row, frozen=True, kw_only=True):
     has_serial: bool
     simulated: bool
     present: bool
+    healthy: bool = True
+    reason: Reason | None = None
+    """Why it is not healthy: unplugged, or held under another name."""
     resource: str = ""
-    """Empty: not offered, and `unoffered` says why."""
+    """Empty: not offered, and `unoffered` says why. Several names are joined with a comma."""
     rule: str = ""
     services: tuple[str, ...] = ()
     unoffered: str = ""
@@ -162,6 +165,7 @@ def device_row(
     rule: str = "",
     services: tuple[str, ...] = (),
     unoffered: str = "",
+    ailment: str = "",
     held_by: Holder | None = None,
 ) -> DeviceRow:
     """The public side of a device: everything but its serial number."""
@@ -176,6 +180,8 @@ def device_row(
         has_serial=bool(usb.serial),
         simulated=usb.simulated,
         present=device.present,
+        healthy=device.present and not ailment,
+        reason=Reason(ailment) if ailment else None if device.present else Reason.DEVICE_UNPLUGGED,
         resource=resource,
         rule=rule,
         services=services,

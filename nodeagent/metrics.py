@@ -43,10 +43,20 @@ class Metrics:
         self.denied = Counter("nodeagent_denied", "Refused attempts.", ["reason"], registry=r)
         self.refused_holding = Gauge(
             "nodeagent_refused_holding_seconds",
-            "Longest time a refused pod has held a device.",
+            "Longest time a pod that was refused three times has held a device.",
             ["resource"],
             registry=r,
         )
+        self.clean_ups = Counter(
+            "nodeagent_clean_ups", "Devices cleaned up between two holders.", ["result"], registry=r
+        )
+        self.node_changes = Counter(
+            "nodeagent_node_changes",
+            "Device nodes changed in running containers after a replug.",
+            ["result"],
+            registry=r,
+        )
+        self.evictions = Counter("nodeagent_evictions", "Evictions of refused pods.", ["result"], registry=r)
         self.print_jobs = Counter("nodeagent_print_jobs", "Print jobs that ended.", ["result"], registry=r)
         self.config_reloads = Counter(
             "nodeagent_config_reloads", "Reloads of the configuration.", ["result"], registry=r

@@ -35,9 +35,11 @@ ServiceName = Literal["ipp"]
 
 
 class Interface(msgspec.Struct, frozen=True, order=True):
-    """One USB interface: number and class triple, each 0..255 (USB 2.0 section 9.6.5).
+    """One USB interface: number and class triple, each 0..255 (USB 2.0 section 9.6.5), of the setting that is in use.
 
-    `hid_usages` are the top-level collections of its HID report descriptor, usage page << 16 | usage (HID 1.11, 6.2.2.6).
+    `alternates` are the triples of all its settings, in the device's order, where it has several: a driver may switch it to
+    any of them. `hid_usages` are the top-level collections of its HID report descriptor, usage page << 16 | usage
+    (HID 1.11, 6.2.2.6).
     """
 
     number: int
@@ -45,11 +47,17 @@ class Interface(msgspec.Struct, frozen=True, order=True):
     subclass: int
     protocol: int
     hid_usages: tuple[int, ...] = ()
+    alternates: tuple[str, ...] = ()
 
     @property
     def triple(self) -> str:
         """USBGuard's spelling, `07:01:02`."""
         return f"{self.cls:02x}:{self.subclass:02x}:{self.protocol:02x}"
+
+    @property
+    def types(self) -> tuple[str, ...]:
+        """Everything that it can be: the triple of each of its settings."""
+        return self.alternates or (self.triple,)
 
 
 class DeviceNode(msgspec.Struct, frozen=True):
@@ -70,6 +78,10 @@ class UsbDevice(msgspec.Struct, frozen=True, kw_only=True):
 
     `port` is the kernel's bus path (`1-1.4`) or `sim-<name>`; `serial` and the texts come from the device and
     are cleaned of control characters at the edge. `serial` never leaves the node.
+
+    `interfaces` are those in use now, one each; `interface_types` names every alternate setting of the configuration in the
+    order of its descriptors, as USBGuard counts them (empty where the descriptors could not be read).
+    `connect_type` is the kernel's word for the port: `hotplug`, `hardwired`, `not used`, `unknown` or nothing.
     """
 
     port: str
@@ -79,23 +91,53 @@ class UsbDevice(msgspec.Struct, frozen=True, kw_only=True):
     manufacturer: str = ""
     name: str = ""
     interfaces: tuple[Interface, ...] = ()
+    interface_types: tuple[str, ...] = ()
     nodes: tuple[DeviceNode, ...] = ()
     ieee1284_id: str = ""
+    connect_type: str = ""
     sysfs: str = ""
     simulated: bool = False
 
+    @property
+    def types(self) -> tuple[str, ...]:
+        """`07:01:02` of every alternate setting, else of every interface in use."""
+        return self.interface_types or tuple(i.triple for i in self.interfaces)
+
+    @property
+    def bus_node(self) -> DeviceNode | None:
+        """The usbfs node, `/dev/bus/usb/BBB/DDD`, which is the whole device and new with each stay on the bus."""
+        return next((n for n in self.nodes if n.interface < 0 and n.subsystem == "usb"), None)
+
+
+class Part(msgspec.Struct, frozen=True):
+    """What one class takes of a device: the numbers of its interfaces, sorted."""
+
+    cls: DeviceClass
+    interfaces: tuple[int, ...]
+
 
 class Device(msgspec.Struct, frozen=True, kw_only=True):
-    """A device with a class and a stable id (`printer-` + 20 base32 characters; devices/identity)."""
+    """One part of a USB device with a class and a stable id (`printer-` + 20 base32 characters; devices/identity).
+
+    `interfaces` are the numbers of its USB interfaces, empty for all of them. `natural` is the class that its descriptors
+    say, where a rule gave it another one (`as:`).
+    """
 
     id: str
     cls: DeviceClass
     usb: UsbDevice
+    interfaces: tuple[int, ...] = ()
+    natural: DeviceClass | None = None
     present: bool = True
 
     @property
-    def health(self) -> Health:
-        return Health.HEALTHY if self.present else Health.UNHEALTHY
+    def parts(self) -> frozenset[int]:
+        """The numbers of its interfaces, spelled out."""
+        return frozenset(self.interfaces or (i.number for i in self.usb.interfaces))
+
+    def has(self, node: DeviceNode) -> bool:
+        """Whether a node belongs to its interfaces; one of the whole device does not."""
+        return node.interface in self.interfaces if self.interfaces else node.interface >= 0
 
 
 class InventoryChange(msgspec.Struct, frozen=True):
@@ -129,13 +171,37 @@ class Audience(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
 
 
 class Offer(msgspec.Struct, frozen=True, kw_only=True):
-    """One device inside a resource: which rule took it and what it grants."""
+    """One device inside a resource: which rule took it and what it grants.
+
+    `siblings` counts the other offers, of this or another resource, that cannot be held at the same time
+    (devices/exclusive.py); `held_as` is the resource of the one that is held now, empty when none is.
+    """
 
     device: Device
     rule: str
     grant: Grant
     give: Give = "service"
     sandbox: Literal["any", "runc", "gvisor", "kata", "kubevirt"] = "any"
+    cdi: bool = False
+    siblings: int = 0
+    held_as: str = ""
+
+    @property
+    def nodes(self) -> tuple[DeviceNode, ...]:
+        """The device nodes that a container receives."""
+        return self.grant.nodes if self.give == "node" else ()
+
+    @property
+    def health(self) -> Health:
+        """What the kubelet is told."""
+        return Health.HEALTHY if self.device.present and not self.held_as else Health.UNHEALTHY
+
+    @property
+    def ailment(self) -> str:
+        """Why it is unhealthy, a word of errors.Reason; empty when it is not."""
+        if not self.device.present:
+            return "device_unplugged"
+        return "leased_under_other_resource" if self.held_as else ""
 
 
 class Resource(msgspec.Struct, frozen=True, kw_only=True):
@@ -197,6 +263,15 @@ class Lease(msgspec.Struct, frozen=True, kw_only=True):
     pod: PodRef | None = None
     container: str = ""
     sandbox_id: str = ""
+
+
+class CleanUp(msgspec.Struct, frozen=True, order=True):
+    """What has to happen to a device before its next holder has it: the lease of `pod_uid` on it, of this generation, ended."""
+
+    device_id: str
+    generation: int
+    resource: str
+    pod_uid: str
 
 
 class SeatState(StrEnum):

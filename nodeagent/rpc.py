@@ -12,7 +12,7 @@ from typing import Any, Protocol, TypeVar
 
 import grpc
 import grpc.aio
-from google.protobuf.message import Message
+from google.protobuf.message import DecodeError, Message
 
 Q = TypeVar("Q", bound=Message)
 R = TypeVar("R", bound=Message)
@@ -49,10 +49,24 @@ def channel(socket: str | Path) -> grpc.aio.Channel:
 
 
 def unary(channel: grpc.aio.Channel, path: str, answer: type[R]) -> Callable[..., Awaitable[R]]:
-    """A callable for `path` (`/v1beta1.Registration/Register`): `await call(request, timeout=2)`."""
-    return channel.unary_unary(
-        path, request_serializer=lambda m: m.SerializeToString(), response_deserializer=answer.FromString
-    )
+    """A callable for `path` (`/v1beta1.Registration/Register`): `await call(request, timeout=2)` gives the answer or raises
+    grpc.aio.AioRpcError, with status INTERNAL also for bytes that are no such message: gRPC by itself would return None."""
+    call = channel.unary_unary(path, request_serializer=lambda m: m.SerializeToString(), response_deserializer=bytes)
+
+    async def ask(request: Message, *, timeout: float | None = None) -> R:
+        untrusted_answer = await call(request, timeout=timeout)
+        try:
+            return answer.FromString(untrusted_answer)
+        except DecodeError as error:
+            raise grpc.aio.AioRpcError(
+                grpc.StatusCode.INTERNAL,
+                grpc.aio.Metadata(),
+                grpc.aio.Metadata(),
+                details=f"the answer to {path} is no {answer.DESCRIPTOR.full_name}",
+                debug_error_string=None,
+            ) from error
+
+    return ask
 
 
 def stream(channel: grpc.aio.Channel, path: str, answer: type[R]) -> Callable[..., Any]:

@@ -14,16 +14,19 @@ import msgspec
 import nodeagent
 from nodeagent import documents as doc
 from nodeagent.config import node_name
+from nodeagent.devices.claims import Claims
 from nodeagent.devices.cri import Cri
 from nodeagent.devices.inventory import Inventory
 from nodeagent.devices.kubelet import Registrar, RegistrationState
 from nodeagent.devices.leases import Leases
-from nodeagent.model import Lease, SeatState
+from nodeagent.devices.slots import Slots
+from nodeagent.model import Lease, Offer, SeatState
 from nodeagent.offers import Offers
 from nodeagent.reload import Reload
 from nodeagent.report.kube import KubeClient
 from nodeagent.report.outbox import Outbox
 from nodeagent.seats.binding import Binding
+from nodeagent.seats.comparison import Comparison
 from nodeagent.seats.roster import Roster
 from nodeagent.seats.seat import Seat
 from nodeagent.services.printing.cups import Cups
@@ -45,6 +48,9 @@ class Active(msgspec.Struct, kw_only=True):
     spool: Spool
     roster: Roster
     binding: Binding
+    comparison: Comparison
+    claims: Claims
+    slots: Slots
     registrar: Registrar
     offers: Offers
 
@@ -68,10 +74,6 @@ class View:
     async def reload(self) -> doc.ReloadDocument:
         changed = await self._source.reload()
         return doc.ReloadDocument(path=str(self._source.path), changed=changed)
-
-    def held(self, device_id: str) -> bool:
-        """Whether somebody holds the device."""
-        return self.active is not None and self.active.binding.held(device_id)
 
     def not_ready(self) -> tuple[str, ...]:
         """What /readyz waits for. A warmed-up standby is ready: the upgrade that started it waits for that."""
@@ -117,27 +119,40 @@ class View:
     def _devices(self) -> doc.DevicesDocument:
         devices = self.inventory.devices if self.inventory else {}
         active = self.active
-        offers = {
-            i: (resource.name, offer)
-            for resource in (active.offers.resources.resources.values() if active else ())
-            for i, offer in resource.offers.items()
-        }
+        names: dict[str, list[str]] = {}
+        offers: dict[str, Offer] = {}
+        for resource in active.binding.resources.values() if active else ():
+            for i, offer in resource.offers.items():
+                names.setdefault(i, []).append(resource.name)
+                offers[i] = offers.get(i, offer) if offer.held_as else offer
         unoffered = {u.device_id: u.message for u in (active.offers.resources.unoffered if active else ())}
         leases = {x.device_id: x for x in (active.leases.leases if active else ())}
         rows = []
         for device_id, device in devices.items():
-            resource, offer = offers.get(device_id, ("", None))
+            found = offers.get(device_id)
             rows.append(
                 doc.device_row(
                     device,
-                    resource=resource,
-                    rule=offer.rule if offer else "",
-                    services=offer.grant.services if offer and offer.give == "service" else (),
+                    resource=",".join(names.get(device_id, ())),
+                    rule=found.rule if found else "",
+                    services=found.grant.services if found and found.give == "service" else (),
                     unoffered=unoffered.get(device_id, "" if active else "this daemon is a standby"),
+                    ailment=found.ailment if found else "",
                     held_by=_holder(leases.get(device_id)),
                 )
             )
-        return doc.DevicesDocument(node=node_name(self._source.config), devices=tuple(rows))
+        twins = self.inventory.twins if self.inventory else ()
+        return doc.DevicesDocument(
+            node=node_name(self._source.config),
+            devices=tuple(rows),
+            problems=tuple(
+                doc.Problem(
+                    message=f"the devices at ports {', '.join(ports)} have one serial number and are known by their ports",
+                    hint="one that is moved to another port is another device then",
+                )
+                for ports in sorted(twins)
+            ),
+        )
 
     def _seats(self) -> doc.SeatsDocument:
         active = self.active
@@ -151,9 +166,9 @@ class View:
                     message=r.message,
                     hint="the rule's `to:` decides who may hold it",
                     resources=(r.resource,),
-                    denied={r.reason: 1},
+                    denied={r.reason: r.count},
                 )
-                for r in active.binding.refusals.values()
+                for r in active.binding.refusals.rows
             ]
         return doc.SeatsDocument(node=node_name(self._source.config), seats=tuple(rows))
 
@@ -232,9 +247,11 @@ class View:
     def _cri(self) -> doc.Peer:
         if self.active is None:
             return doc.Peer(name="container runtime", state="starting")
-        error = self.active.binding.cri_error
+        error = self.active.comparison.cri_error
         state: Literal["unreachable", "connected"] = "unreachable" if error else "connected"
-        return doc.Peer(name="container runtime", state=state, since_s=self.active.binding.cri_since_s, message=error)
+        return doc.Peer(
+            name="container runtime", state=state, since_s=self.active.comparison.cri_since_s, message=error
+        )
 
     def _problems(self) -> list[doc.Problem]:
         source, active = self._source, self.active
@@ -251,8 +268,10 @@ class View:
             )
         if active is None:
             return problems
-        if active.binding.cri_error:
-            problems.append(doc.Problem(message=active.binding.cri_error, hint="pods cannot be identified meanwhile"))
+        if active.comparison.cri_error:
+            problems.append(
+                doc.Problem(message=active.comparison.cri_error, hint="pods cannot be identified meanwhile")
+            )
         if active.leases.recovered:
             problems.append(
                 doc.Problem(
@@ -260,7 +279,9 @@ class View:
                     hint="leases were learned anew",
                 )
             )
-        problems += [doc.Problem(message=r.message, reason=r.reason) for r in active.binding.refusals.values()]
+        problems += active.claims.problems
+        problems += active.slots.problems
+        problems += [doc.Problem(message=r.message, reason=r.reason) for r in active.binding.refusals.rows]
         return problems
 
 

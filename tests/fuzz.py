@@ -24,7 +24,7 @@ from nodeagent import config
 from nodeagent.devices import sysfs
 from nodeagent.errors import ConfigError
 from nodeagent.services.ipp import formats
-from nodeagent.wire import hid, ipp, seat
+from nodeagent.wire import descriptors, hid, ipp, seat
 
 ROOT = Path(__file__).parents[1]
 TOTALS = ROOT / "bench" / "long.json"
@@ -112,6 +112,21 @@ TARGETS = {
     ),
     "configuration": Target(lambda d: config.parse(d.decode(errors="replace")), (ConfigError,), (CONFIG_SEED,)),
     "hid_descriptor": Target(hid.usages, (ValueError,), (bytes.fromhex("06d0f10901a1010920150026ff00750895408102c0"),)),
+    "usb_descriptors": Target(
+        descriptors.take_descriptors,
+        (ValueError,),
+        # A security key, and a network adapter with two configurations.
+        (
+            bytes.fromhex(
+                "12010002000000405010200112050102000109022900010100800f"
+                "0904000002030000000921100100012222000705040340000207058403400002"
+            ),
+            bytes.fromhex(
+                "1201000300000009da0b5381003001020602" + "09021200010100a024" + "0904000000ffff0000"
+                "09022400020200a024" + "090400000002060000" + "09040100000a000000" + "09040101000a000000"
+            ),
+        ),
+    ),
     "printer_id": Target(
         lambda d: printer.formats(d.decode(errors="replace")),
         (),

@@ -30,6 +30,7 @@ VERBS = {
     "devices": "nodeagent.cli.devices",
     "seats": "nodeagent.cli.seats",
     "config": "nodeagent.cli.config",
+    "record": "nodeagent.cli.record",
     "version": "nodeagent.cli.version",
 }
 

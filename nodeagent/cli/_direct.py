@@ -15,7 +15,7 @@ from nodeagent.devices.resources import build, explain
 from nodeagent.documents import DeviceExplanation, DeviceRow, Problem, RuleVerdict, device_row
 from nodeagent.errors import AgentError
 from nodeagent.host import HostRoot
-from nodeagent.model import Device
+from nodeagent.model import Device, Offer
 from nodeagent.services import SEAT_SERVICES
 
 
@@ -33,15 +33,20 @@ def look(config: Config, root: Path | None) -> Found:
     key, problems = _key(state_dir)
     devices = asyncio.run(_inventory(host, config, key or os.urandom(KEY_BYTES)))
     resources = build({device.id: device for device in devices}, config.devices, frozenset(SEAT_SERVICES))
-    offered = {
-        i: (resource, offer) for resource in resources.resources.values() for i, offer in resource.offers.items()
-    }
+    names: dict[str, list[str]] = {}
+    offered: dict[str, Offer] = {}
+    for resource in resources.resources.values():
+        for i, offer in resource.offers.items():
+            names.setdefault(i, []).append(resource.name)
+            offered[i] = offer
     unoffered = {u.device_id: u.message.removeprefix(f"{u.device_id}: ") for u in resources.unoffered}
     rows = []
     for device in devices:
         if device.id in offered:
-            resource, offer = offered[device.id]
-            row = device_row(device, resource=resource.name, rule=offer.rule, services=offer.grant.services)
+            offer = offered[device.id]
+            row = device_row(
+                device, resource=",".join(names[device.id]), rule=offer.rule, services=offer.grant.services
+            )
         else:
             row = device_row(device, unoffered=unoffered.get(device.id, ""))
         rows.append(row if key else _without_id(row))
@@ -54,7 +59,7 @@ def explanations(found: Found, config: Config) -> tuple[DeviceExplanation, ...]:
     for device, row in zip(found.devices, found.rows, strict=True):
         verdicts = []
         for verdict in explain(device, config.devices):
-            why = "" if verdict.takes else f"{', '.join(verdict.differs)} differ{'s' * (len(verdict.differs) == 1)}"
+            why = "" if verdict.takes else "; ".join(verdict.differs)
             if verdict.matched and not verdict.takes:
                 why = "matches too, but an earlier rule took it"
             verdicts.append(RuleVerdict(rule=verdict.rule, taken=verdict.takes, why=why))

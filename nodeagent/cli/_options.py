@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import msgspec
 
 from nodeagent.config import DEFAULT_PATH, Config, load, run_dir_of
-from nodeagent.errors import ConfigError
+from nodeagent.errors import AgentError, ConfigError, Reason
 
 
 class Loaded(msgspec.Struct, frozen=True):
@@ -20,8 +23,32 @@ class Loaded(msgspec.Struct, frozen=True):
 
 def add_root(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--root", metavar="DIR", type=Path, help="read a captured or foreign file tree instead of this system"
+        "--root",
+        metavar="PATH",
+        type=Path,
+        help="read a captured or foreign file tree, or a file of `nodeagent record`, instead of this system",
     )
+
+
+@contextlib.contextmanager
+def root(args: argparse.Namespace) -> Iterator[Path | None]:
+    """The tree that --root names: the directory itself, or a recording given out into a directory of its own, which is gone
+    afterwards. None where --root was not given.
+
+    Raises AgentError for what is neither.
+    """
+    given: Path | None = args.root
+    if given is None or given.is_dir():
+        yield given
+        return
+    if not given.exists():
+        raise AgentError(Reason.INTERNAL, f"--root {given}: there is no such directory or recording")
+    from nodeagent.devices import recording
+
+    tree = recording.load(given).tree
+    with tempfile.TemporaryDirectory(prefix="nodeagent-recording-") as directory:
+        recording.materialise(Path(directory), tree)
+        yield Path(directory)
 
 
 def configuration(args: argparse.Namespace) -> Loaded:

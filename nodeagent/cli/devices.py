@@ -35,11 +35,10 @@ def run(args: argparse.Namespace) -> int:
             asked = _client.decode(raw, DevicesDocument)
             emit(raw, args.output, lambda paint: table(asked, paint))
             return cli.FINE
-    elif not args.root.is_dir():
-        raise AgentError(Reason.INTERNAL, f"--root {args.root}: there is no such directory")
     from nodeagent.cli import _direct
 
-    found = _direct.look(config, args.root)
+    with _options.root(args) as root:
+        found = _direct.look(config, root)
     node = node_name(config) if args.root is None else str(args.root)
     document = DevicesDocument(node=node, source="direct", devices=found.rows, problems=why + found.problems)
     emit(document, args.output, lambda paint: table(document, paint))
@@ -75,6 +74,8 @@ def device_table(devices: Sequence[DeviceRow], paint: Paint) -> str:
 
 def _row(device: DeviceRow) -> list[str | Cell]:
     state = Cell("present", "green") if device.present else Cell("unplugged", "red")
+    if device.present and not device.healthy:
+        state = Cell("held under another name", "yellow")
     if device.simulated:
         state = Cell(f"simulated, {state.text}", "yellow")
     held = device.held_by

@@ -14,11 +14,11 @@ import stat
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import msgspec
 
-from nodeagent.demo import oci
+from nodeagent.demo import cdi, oci
 from nodeagent.demo.pods import NodeSpec
 from nodeagent.errors import AgentError, Reason
 
@@ -104,10 +104,33 @@ def take_node(node: NodeSpec) -> oci.Node:
     )
 
 
-def lay_out(bundle: Path, desktop: oci.Desktop, nodes: Sequence[NodeSpec], hidden: Sequence[str]) -> oci.Desktop:
-    """Write the bundle; the answer is `desktop` with what only the machine knows.
+def take_cdi_node(node: cdi.CdiNode, desktop: oci.Desktop) -> oci.Node:
+    """A device node of a CDI specification: what it does not say is asked of the host's node. A node without an owner is the
+    container's user's, as containerd does it. Raises AgentError when the host has no such node."""
+    spec = NodeSpec(container_path=node.path, host_path=node.host_path or node.path, permissions="")
+    found = take_node(spec)
+    return msgspec.structs.replace(
+        found,
+        kind=found.kind if node.type in ("", "u", "p") else node.type,
+        major=node.major or found.major,
+        minor=node.minor or found.minor,
+        mode=found.mode if node.file_mode is None else node.file_mode,
+        uid=desktop.uid if node.uid is None else node.uid,
+        gid=desktop.gid if node.gid is None else node.gid,
+        permissions="" if node.permissions == "none" else node.permissions or "rwm",
+    )
 
-    Like containerd it makes a missing source of a mount, as an empty directory.
+
+def lay_out(
+    bundle: Path,
+    desktop: oci.Desktop,
+    nodes: Sequence[NodeSpec],
+    hidden: Sequence[str],
+    edits: Sequence[cdi.CdiEdits] = (),
+) -> tuple[oci.Desktop, dict[str, Any]]:
+    """Write the bundle; the answer is `desktop` with what only the machine knows, and the OCI spec.
+
+    Like containerd it makes a missing source of a mount, as an empty directory; not so for a mount of CDI.
     """
     for mount in desktop.mounts:
         if not os.path.lexists(mount.source):
@@ -119,9 +142,12 @@ def lay_out(bundle: Path, desktop: oci.Desktop, nodes: Sequence[NodeSpec], hidde
         nodes=tuple(take_node(n) for n in nodes),
         hidden=tuple(sorted({str(Path(h).resolve()) for h in hidden if Path(h).is_dir()})),
     )
+    spec = oci.spec(desktop)
+    if edits:
+        spec = cdi.inject(spec, edits, [take_cdi_node(n, desktop) for e in edits for n in e.device_nodes])
     (bundle / "rootfs").mkdir(parents=True)
-    (bundle / "config.json").write_text(json.dumps(oci.spec(desktop), indent=1))
-    return desktop
+    (bundle / "config.json").write_text(json.dumps(spec, indent=1))
+    return desktop, spec
 
 
 def discard(bundle: Path) -> None:

@@ -2,7 +2,8 @@
 
 It registers device plugins, admits pods, hands out devices, and answers PodResources. It runs no containers: the callback
 `start_container` does, or nothing does. What it imitates was seen on a real kubelet or read in its source; the comments say
-what a plugin author would not expect.
+what a plugin author would not expect. Decisions about devices are in admission.py, plugins in endpoints.py, memory in
+checkpoint.py.
 """
 
 from __future__ import annotations
@@ -14,28 +15,19 @@ from collections.abc import Awaitable, Callable
 from contextlib import AsyncExitStack
 from pathlib import Path
 from types import TracebackType
-from typing import Any, NoReturn, Self, TypeVar
+from typing import Any, Self
 
 import grpc
 import grpc.aio
 import msgspec
 
 from nodeagent import rpc
-from nodeagent.demo.endpoints import Endpoint, PluginCall
-from nodeagent.demo.pods import (
-    ContainerNotStarted,
-    ContainerSpec,
-    NodeSpec,
-    PodPending,
-    PodRejected,
-    PodSpec,
-    RunOptions,
-)
-from nodeagent.devices.plugin import MountSpec
+from nodeagent.demo.admission import Admission, ResourceCount
+from nodeagent.demo.checkpoint import Checkpoint, Holder, put_checkpoint, read_checkpoint, write_checkpoint
+from nodeagent.demo.endpoints import DeviceTable, Endpoint, PluginCall, PluginFailed
+from nodeagent.demo.pods import ContainerNotStarted, ContainerSpec, PodPending, PodRejected, PodSpec, RunOptions
 from nodeagent.wire.pb.deviceplugin.v1beta1 import api_pb2 as pb
 from nodeagent.wire.pb.podresources.v1 import api_pb2 as podresources
-
-T = TypeVar("T")
 
 LIST_PER_S = 100.0
 LIST_BURST = 10
@@ -43,22 +35,12 @@ LIST_BURST = 10
 MAX_CALLS = 10_000
 KEPT_CALLS = 4096
 
-Mounts = tuple[MountSpec, ...]
-Nodes = tuple[NodeSpec, ...]
-StartContainer = Callable[[PodSpec, ContainerSpec, dict[str, str], Mounts, Nodes], Awaitable[None]]
-"""(pod, container, variables, mounts, device nodes); returns when it runs, or for an init container when it has ended."""
+StartContainer = Callable[[PodSpec, ContainerSpec, RunOptions], Awaitable[None]]
+"""Starts a container; returns when it runs, or for an init container when it has ended. `env` has the container's own
+variables too, and they win."""
 
 
-class _Allocation(msgspec.Struct, frozen=True):
-    """One line of the checkpoint: it outlives restarts of the kubelet, the plugin's answer included."""
-
-    ids: tuple[str, ...]
-    answer: pb.ContainerAllocateResponse
-
-
-async def _start_nothing(
-    pod: PodSpec, container: ContainerSpec, env: dict[str, str], mounts: Mounts, nodes: Nodes
-) -> None:
+async def _start_nothing(pod: PodSpec, container: ContainerSpec, options: RunOptions) -> None:
     """For tests that are about the kubelet alone."""
 
 
@@ -66,7 +48,8 @@ class StandInKubelet:
     """Use as `async with`. `directory` is the device-plugin directory, `pod_resources` the path of that socket.
 
     `stream_end_lag_s` imitates kubelets before #135437: so long after a plugin's stream ended they disconnect whoever is
-    registered under its name by then (k8s#127803).
+    registered under its name by then (k8s#127803). `checks_health`: see Admission. `clock` gives seconds, the loop's own by
+    default; the grace period of a plugin that went away is measured with it.
     """
 
     def __init__(
@@ -77,13 +60,18 @@ class StandInKubelet:
         *,
         seed: int = 0,
         stream_end_lag_s: float = 0.0,
+        checks_health: bool = True,
+        clock: Callable[[], float] | None = None,
     ) -> None:
         self.socket = directory / "kubelet.sock"
         self.has_sources = True
-        """False while the API server is away: PodResources lists no pods then."""
-        self.endpoints: dict[str, Endpoint] = {}
+        """False while the API server is away: PodResources lists no pods then, and nothing is forgotten."""
         self.pods: dict[str, PodSpec] = {}
         """Admitted pods by uid."""
+        self.running: set[tuple[str, str]] = set()
+        """(pod uid, container) that the runtime has running; what was started and has not ended since."""
+        self.resource_health: dict[str, dict[str, bool]] = {}
+        """Pod uid -> id -> healthy: what the pod's status says of its devices (KEP-4680). See `sync`."""
         self.calls: deque[PluginCall] = deque(maxlen=KEPT_CALLS)
         """What plugins were asked, newest last."""
         self.lists = 0
@@ -94,8 +82,10 @@ class StandInKubelet:
         self._start_container = start_container
         self._random = random.Random(seed)  # noqa: S311 (a map's order of iteration, not a secret)
         self._lag_s = stream_end_lag_s
-        self._allocations: dict[tuple[str, str, str], _Allocation] = {}  # pod uid, container, resource
-        self._admission = asyncio.Lock()
+        self._clock = clock or (lambda: asyncio.get_running_loop().time())
+        self._devices = Admission(self._random, self._note, checks_health=checks_health)
+        self._clients: set[Endpoint] = set()  # every connection, that of a plugin that registered again since included
+        self._admitting = asyncio.Lock()
         self._changed = asyncio.Event()
         self._answering = asyncio.Event()
         self._answering.set()
@@ -118,15 +108,35 @@ class StandInKubelet:
 
     # ---- what a person sees with kubectl
 
+    @property
+    def endpoints(self) -> dict[str, Endpoint]:
+        """The last plugin that registered, by resource."""
+        return self._devices.endpoints
+
     def allocatable(self, resource: str) -> frozenset[str]:
         """Ids that count as allocatable: healthy ones of a connected plugin, held or not."""
         endpoint = self.endpoints.get(resource)
         return endpoint.healthy if endpoint else frozenset()
 
+    def node_status(self) -> dict[str, ResourceCount]:
+        """Capacity and allocatable of every resource, as the kubelet would report them now."""
+        return self._devices.node_status()
+
     def held(self, pod: PodSpec, container: str, resource: str) -> tuple[str, ...]:
         """The ids a container holds, () when none."""
-        found = self._allocations.get((pod.uid, container, resource))
+        found = self._devices.allocations.get(Holder(pod.uid, container, resource))
         return found.ids if found else ()
+
+    def sync(self, pod: PodSpec) -> dict[str, bool]:
+        """What the pod's status says of its devices once it is written anew, which any change of the pod brings about: an id
+        that its plugin does not list counts as healthy."""
+        status = {}
+        for holder, allocation in self._devices.allocations.items():
+            if holder.pod_uid == pod.uid:
+                told = self._devices.table(holder.resource).told
+                status.update({i: told.get(i, True) for i in allocation.ids})
+        self.resource_health[pod.uid] = status
+        return status
 
     async def until(self, condition: Callable[[], bool], timeout_s: float = 10.0) -> None:
         """Wait for something that follows from registrations, device lists or calls; raises TimeoutError."""
@@ -143,93 +153,110 @@ class StandInKubelet:
             await self.start_container(pod, container.name)
 
     async def admit(self, pod: PodSpec) -> None:
-        """Give the pod its devices; one pod at a time on the whole node, however slow a plugin is (k8s#117435)."""
-        async with self._admission:
+        """Give the pod its devices; one pod at a time on the whole node, however slow a plugin is (k8s#117435).
+
+        A static pod that comes before its plugin is admitted without the device, and nobody says so.
+        """
+        async with self._admitting:
             await self._answering.wait()
+            if self.has_sources:
+                self._devices.free(lambda uid: uid not in self.pods)
             if not pod.static:
                 self._schedule(pod)
             self.pods[pod.uid] = pod
-            reusable: dict[str, set[str]] = {}
             try:
-                for container in pod.in_start_order:
-                    for resource, count in self._shuffled(container.limits):
-                        await self._allocate(pod, container, resource, count, reusable.setdefault(resource, set()))
+                await self._devices.admit(pod)
             except PodRejected:
                 self.delete(pod)
                 raise
 
-    async def pre_start(self, pod: PodSpec, container: str) -> None:
-        """PreStartContainer for each resource of a container, before every start of it; raises ContainerNotStarted.
+    async def readmit(self) -> dict[str, PodRejected]:
+        """What a kubelet does when it learns its pods anew after a start: each is admitted again, and a container that does not
+        run has to find its devices healthy. Returns the pods that were rejected, by uid; they are gone (k8s#125579)."""
+        rejected = {}
+        async with self._admitting:
+            for pod in tuple(self.pods.values()):
+                try:
+                    await self._devices.admit(pod, lambda name, uid=pod.uid: (uid, name) in self.running)  # type: ignore[misc]
+                except PodRejected as refusal:
+                    rejected[pod.uid] = refusal
+                    self.delete(pod)
+        return rejected
 
-        A plugin that has not registered since the kubelet was restarted is *not* called: its options are unknown. Only
-        one that went away under the same kubelet is an error.
-        """
+    async def pre_start(self, pod: PodSpec, container: str) -> None:
+        """PreStartContainer for each resource of a container, before every start of it; raises ContainerNotStarted."""
         await self._answering.wait()
-        held = {r: a.ids for (uid, name, r), a in self._allocations.items() if (uid, name) == (pod.uid, container)}
-        for resource, ids in self._shuffled(held):
-            endpoint = self.endpoints.get(resource)
-            if endpoint is None or endpoint.options is None or not endpoint.options.pre_start_required:
-                continue
-            if not endpoint.connected:
-                raise ContainerNotStarted(f"endpoint {endpoint.socket} has been stopped")
-            self._note("PreStartContainer", resource, ids)
-            try:
-                await endpoint.prestart(ids)
-            except grpc.aio.AioRpcError as error:
-                raise ContainerNotStarted(
-                    f"device plugin PreStartContainer rpc failed with err: {_rpc(error)}"
-                ) from error
+        await self._devices.prepare(pod, pod.container(container))
 
     async def start_container(self, pod: PodSpec, container: str) -> None:
         """Start or restart one container of an admitted pod, with the answers that Allocate gave once."""
+        self.running.discard((pod.uid, container))
         await self.pre_start(pod, container)
         options = self.run_options(pod, container)
         spec = pod.container(container)
-        await self._start_container(pod, spec, {**options.env, **spec.env}, options.mounts, options.nodes)
+        await self._start_container(pod, spec, msgspec.structs.replace(options, env={**options.env, **spec.env}))
+        if not spec.init or spec.restartable:
+            self.running.add((pod.uid, container))
 
     def run_options(self, pod: PodSpec, container: str) -> RunOptions:
-        """The plugins' cached answers in one. Of two variables or two mounts of one name the first is kept, and which
-        resource comes first is chance."""
-        mine = {r: a.answer for (uid, name, r), a in self._allocations.items() if (uid, name) == (pod.uid, container)}
-        env: dict[str, str] = {}
-        mounts: dict[str, MountSpec] = {}
-        nodes: dict[str, NodeSpec] = {}
-        annotations: dict[str, str] = {}
-        for _, answer in self._shuffled(mine):
-            env = {**answer.envs, **env}
-            annotations = {**answer.annotations, **annotations}
-            for m in answer.mounts:
-                given = MountSpec(container_path=m.container_path, host_path=m.host_path, read_only=m.read_only)
-                mounts.setdefault(m.container_path, given)
-            for d in answer.devices:
-                node = NodeSpec(container_path=d.container_path, host_path=d.host_path, permissions=d.permissions)
-                nodes.setdefault(d.container_path, node)
-        return RunOptions(env=env, mounts=tuple(mounts.values()), nodes=tuple(nodes.values()), annotations=annotations)
+        """What the device plugins' cached answers come to."""
+        return self._devices.run_options(pod.uid, container)
 
     def delete(self, pod: PodSpec) -> None:
         """The pod has ended: its ids are free at once. No plugin is told."""
         self.pods.pop(pod.uid, None)
-        self._allocations = {key: a for key, a in self._allocations.items() if key[0] != pod.uid}
+        self.resource_health.pop(pod.uid, None)
+        self.running = {(uid, name) for uid, name in self.running if uid != pod.uid}
+        self._devices.free(lambda uid: uid == pod.uid)
 
     # ---- what happens to a kubelet
 
     async def restart(self, *, api_away: bool = False) -> None:
         """Restart: allocations are kept, connections and every socket in the directory are not; resources are known by name
-        with no devices until their plugins register again. With the API server away there are no pods to list either."""
+        with no devices until their plugins register again. With the API server away there are no pods to list either.
+
+        Containers run on; the pods are admitted again with `readmit()`.
+        """
         await self.vanish()
         self.has_sources = not api_away
         await self._serve()
 
+    async def reboot(
+        self, before_pods: Callable[[], Awaitable[object]] | None = None
+    ) -> dict[str, PodRejected | ContainerNotStarted]:
+        """The node reboots: no container runs, the kubelet has its checkpoint. After `before_pods` (a plugin that registers,
+        say) every pod is admitted again and its containers are started from the cached answers, without Allocate, and with
+        PreStartContainer only if the plugin has registered by then. Returns what became of pods that do not run, by uid."""
+        await self.vanish()
+        self.running.clear()
+        self.has_sources = True
+        await self._serve()
+        if before_pods is not None:
+            await before_pods()
+        failed: dict[str, PodRejected | ContainerNotStarted] = dict(await self.readmit())
+        for pod in tuple(self.pods.values()):
+            try:
+                for container in pod.in_start_order:
+                    await self.start_container(pod, container.name)
+            except (PodRejected, ContainerNotStarted) as failure:
+                failed[pod.uid] = failure
+        return failed
+
     async def vanish(self) -> None:
         """The kubelet ends; its sockets are gone and its connections closed. `restart()` brings it back."""
         self.unhang()
+        devices = self._devices
+        if self._servers:
+            registered = [(r, t.healthy) for r, t in devices.tables.items()]
+            content = put_checkpoint(Checkpoint(devices.allocations), registered)
+            await asyncio.to_thread(write_checkpoint, self._directory, content)
         servers, self._servers = self._servers, []
         for server, path in servers:
             path.unlink(missing_ok=True)
             await server.stop(None)
-        for endpoint in self.endpoints.values():
+        for endpoint in tuple(self._clients):
             await endpoint.close()
-        self.endpoints = {r: Endpoint(r, None, self._pulse) for r in self.endpoints}
+        self._clients.clear()
         self._pulse()
 
     def hang(self) -> None:
@@ -239,43 +266,12 @@ class StandInKubelet:
     def unhang(self) -> None:
         self._answering.set()
 
-    # ---- admission
+    # ---- the cluster
 
     def _schedule(self, pod: PodSpec) -> None:
         for resource in sorted({r for c in pod.containers for r in c.limits}):
-            used = {i for (_, _, r), a in self._allocations.items() if r == resource for i in a.ids}
-            if pod.request(resource) > len(self.allocatable(resource) - used):
+            if pod.request(resource) > len(self.allocatable(resource) - self._devices.used(resource)):
                 raise PodPending(f"Insufficient {resource}")
-
-    async def _allocate(
-        self, pod: PodSpec, container: ContainerSpec, resource: str, count: int, reusable: set[str]
-    ) -> None:
-        """One Allocate. An app container takes over what the pod's init containers had, so an id may be asked for twice."""
-        endpoint = self.endpoints.get(resource)
-        if endpoint is None:
-            return  # only a static pod comes here: it runs without its devices and nobody says so
-        used = {i for (_, _, r), a in self._allocations.items() if r == resource for i in a.ids}
-        again = sorted(reusable & endpoint.healthy)[:count]
-        free = sorted(endpoint.healthy - used)
-        if len(again) + len(free) < count:
-            self._reject(
-                f"requested number of devices unavailable for {resource}."
-                f" Requested: {count}, Available: {len(again) + len(free)}"
-            )
-        ids = (*again, *self._random.sample(free, count - len(again)))
-        self._note("Allocate", resource, ids)
-        try:
-            answer = await endpoint.allocate(ids)
-        except grpc.aio.AioRpcError as error:
-            self._reject(f"Allocate failed due to {_rpc(error)}, which is unexpected")
-        self._allocations[pod.uid, container.name, resource] = _Allocation(ids, answer)
-        if container.init:
-            reusable.update(ids)
-        else:
-            reusable.difference_update(ids)
-
-    def _reject(self, message: str) -> NoReturn:
-        raise PodRejected("UnexpectedAdmissionError", message)
 
     # ---- the servers
 
@@ -283,6 +279,8 @@ class StandInKubelet:
         for path in self._directory.iterdir():
             if path.is_socket():
                 path.unlink()
+        checkpoint = await asyncio.to_thread(read_checkpoint, self._directory)
+        self._devices.load(checkpoint, lambda resource, table: self._endpoint(resource, None, table))
         self._pod_resources.parent.mkdir(parents=True, exist_ok=True)
         registration = rpc.service("v1beta1.Registration", {"Register": (pb.RegisterRequest, self._on_register)})
         lister = rpc.service(
@@ -306,37 +304,53 @@ class StandInKubelet:
         unnamed.rename(path)
         self._servers.append((server, path))
 
+    def _endpoint(self, resource: str, socket: Path | None, table: DeviceTable) -> Endpoint:
+        return Endpoint(resource, socket, table, self._pulse, self._clock)
+
     async def _on_register(self, request: pb.RegisterRequest, context: grpc.aio.ServicerContext[Any, Any]) -> pb.Empty:
+        """A plugin that registers again does not lose its old connection: both streams are read until the plugin ends one."""
         await self._answering.wait()
         if request.version != "v1beta1":
             await context.abort(grpc.StatusCode.UNKNOWN, f"requested API version {request.version!r} is not supported")
         if "/" not in request.resource_name:
             await context.abort(grpc.StatusCode.UNKNOWN, f"the ResourceName {request.resource_name!r} is invalid")
-        endpoint = Endpoint(request.resource_name, self._directory / request.endpoint, self._pulse)
+        table = self._devices.table(request.resource_name)
+        endpoint = self._endpoint(request.resource_name, self._directory / request.endpoint, table)
         try:
             await endpoint.dial()
-        except BaseException as error:
+        except PluginFailed as error:
             await endpoint.close()
-            if not isinstance(error, grpc.aio.AioRpcError):
-                raise
-            await context.abort(grpc.StatusCode.UNKNOWN, f"failed to dial device plugin: {_rpc(error)}")
-        previous = self.endpoints.get(request.resource_name)
+            await context.abort(grpc.StatusCode.UNKNOWN, str(error))
+        except BaseException:
+            await endpoint.close()
+            raise
+        self._clients.add(endpoint)
         self.endpoints[request.resource_name] = endpoint
         self.registrations += 1
-        endpoint.watch(self._group, self._on_stream_end)
-        if previous is not None:
-            await previous.close()
+        endpoint.watch(self._group, self._on_devices, self._on_stream_end)
         self._pulse()
         return pb.Empty()
+
+    def _on_devices(self, endpoint: Endpoint, message: pb.ListAndWatchResponse) -> None:
+        """A list. A pod's status hears of an id only where the list names it: one that vanished stays as it was."""
+        changed = endpoint.table.tell(message.devices)
+        held = self._devices.allocations.items()
+        touched = {h.pod_uid for h, a in held if h.resource == endpoint.resource and changed.intersection(a.ids)}
+        for uid in touched & self.pods.keys():
+            self.sync(self.pods[uid])
 
     def _on_stream_end(self, endpoint: Endpoint) -> None:
         if self._lag_s:
             self._group.create_task(self._disconnect_late(endpoint.resource))
+        if self.endpoints.get(endpoint.resource) is endpoint:
+            endpoint.table.lose()
+        self._clients.discard(endpoint)
         endpoint.disconnect()
 
     async def _disconnect_late(self, resource: str) -> None:
         await asyncio.sleep(self._lag_s)
-        await self.endpoints[resource].close()
+        if resource in self.endpoints:
+            await self.endpoints[resource].close()
 
     async def _on_list(
         self, request: podresources.ListPodResourcesRequest, context: grpc.aio.ServicerContext[Any, Any]
@@ -348,7 +362,8 @@ class StandInKubelet:
         return podresources.ListPodResourcesResponse(pod_resources=[self._listed(pod) for pod in pods])
 
     def _listed(self, pod: PodSpec) -> podresources.PodResources:
-        """App containers only: a device of an init container alone shows nowhere. One entry per device, as with NUMA nodes."""
+        """App containers and sidecars: a device of an init container alone shows nowhere. One entry per device, as with NUMA
+        nodes."""
         return podresources.PodResources(
             name=pod.name,
             namespace=pod.namespace,
@@ -357,13 +372,12 @@ class StandInKubelet:
                     name=c.name,
                     devices=[
                         podresources.ContainerDevices(resource_name=resource, device_ids=[i])
-                        for (uid, name, resource), a in self._allocations.items()
-                        if (uid, name) == (pod.uid, c.name)
+                        for resource, a in self._devices.held(pod.uid, c.name).items()
                         for i in a.ids
                     ],
                 )
                 for c in pod.containers
-                if not c.init
+                if not c.init or c.restartable
             ],
         )
 
@@ -389,9 +403,6 @@ class StandInKubelet:
 
     # ---- small things
 
-    def _shuffled(self, mapping: dict[str, T]) -> list[tuple[str, T]]:
-        return self._random.sample(list(mapping.items()), len(mapping))
-
     def _note(self, method: str, resource: str, ids: tuple[str, ...]) -> None:
         self.calls.append(PluginCall(method, resource, ids))
         self._pulse()
@@ -399,7 +410,3 @@ class StandInKubelet:
     def _pulse(self) -> None:
         self._changed.set()
         self._changed = asyncio.Event()
-
-
-def _rpc(error: grpc.aio.AioRpcError) -> str:
-    return f"rpc error: code = {error.code().name} desc = {error.details()}"

@@ -118,7 +118,7 @@ def spec(desktop: Desktop) -> dict[str, Any]:
         "linux": {
             "cgroupsPath": desktop.cgroup,
             "namespaces": [{"type": t} for t in ("pid", "ipc", "uts", "mount", "network")],
-            "devices": [_device(n) for n in nodes],
+            "devices": [device(n) for n in nodes],
             "resources": {"devices": _device_rules(nodes)},
             "maskedPaths": list(MASKED),
             "readonlyPaths": list(READONLY),
@@ -156,6 +156,11 @@ def _mounts(desktop: Desktop) -> list[dict[str, Any]]:
         }
         for m in binds
     ]
+    return by_depth(table)
+
+
+def by_depth(table: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Mounts in an order in which none covers another, else as given."""
     return sorted(table, key=lambda m: len(PurePosixPath(m["destination"]).parts))
 
 
@@ -195,7 +200,8 @@ def _annotations(desktop: Desktop) -> dict[str, str]:
     }
 
 
-def _device(node: Node) -> dict[str, Any]:
+def device(node: Node) -> dict[str, Any]:
+    """`linux.devices[]` of the runtime-spec."""
     return {
         "path": node.path,
         "type": node.kind,
@@ -212,8 +218,9 @@ def _device_rules(nodes: Iterable[Node]) -> list[dict[str, Any]]:
     for major, minor in DEFAULT_DEVICES:
         rule = {"allow": True, "type": "c", "major": major, "access": "rwm"}
         rules.append(rule if minor is None else rule | {"minor": minor})
-    for node in nodes:
-        rules.append(
-            {"allow": True, "type": node.kind, "major": node.major, "minor": node.minor, "access": node.permissions}
-        )
-    return rules
+    return [*rules, *(device_rule(n) for n in nodes)]
+
+
+def device_rule(node: Node) -> dict[str, Any]:
+    """`linux.resources.devices[]`: the node may be used."""
+    return {"allow": True, "type": node.kind, "major": node.major, "minor": node.minor, "access": node.permissions}

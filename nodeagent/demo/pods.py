@@ -8,11 +8,13 @@ from nodeagent.devices.plugin import MountSpec
 
 
 class ContainerSpec(msgspec.Struct, frozen=True, kw_only=True):
-    """`limits` asks for devices: resource name -> number. An `init` container ends before the next one starts."""
+    """`limits` asks for devices: resource name -> number. An `init` container ends before the next one starts, unless it is
+    `restartable` (a sidecar): that one keeps its devices and lives as long as the pod."""
 
     name: str
     limits: dict[str, int] = {}
     init: bool = False
+    restartable: bool = False
     args: tuple[str, ...] = ()
     env: dict[str, str] = {}
 
@@ -36,9 +38,12 @@ class PodSpec(msgspec.Struct, frozen=True, kw_only=True):
         return next(c for c in self.containers if c.name == name)
 
     def request(self, resource: str) -> int:
-        """What the scheduler counts: all app containers together, or the largest init container."""
+        """What the scheduler counts: all that run side by side, or the largest init container beside the sidecars."""
+        sidecars = sum(c.limits.get(resource, 0) for c in self.containers if c.restartable)
         apps = sum(c.limits.get(resource, 0) for c in self.containers if not c.init)
-        return max([apps, *(c.limits.get(resource, 0) for c in self.containers if c.init)])
+        return sidecars + max(
+            [apps, *(c.limits.get(resource, 0) for c in self.containers if c.init and not c.restartable)]
+        )
 
 
 class NodeSpec(msgspec.Struct, frozen=True, kw_only=True):
@@ -50,12 +55,13 @@ class NodeSpec(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class RunOptions(msgspec.Struct, frozen=True, kw_only=True):
-    """What the device plugins' answers come to for one container."""
+    """What the device plugins' answers come to for one container. `cdi` are qualified names of CDI devices, for the runtime."""
 
     env: dict[str, str] = {}
     mounts: tuple[MountSpec, ...] = ()
     nodes: tuple[NodeSpec, ...] = ()
     annotations: dict[str, str] = {}
+    cdi: tuple[str, ...] = ()
 
 
 class PodPending(Exception):

@@ -22,7 +22,7 @@ from typing import Any, Self
 
 import msgspec
 
-from nodeagent.demo import bundles, oci
+from nodeagent.demo import bundles, cdi, oci
 from nodeagent.demo.crisocket import serve
 from nodeagent.demo.pods import ContainerSpec, NodeSpec, PodSpec
 from nodeagent.demo.records import ContainerRecord, SandboxRecord, State
@@ -56,15 +56,22 @@ class StandInRuntime:
     """An async context manager; leaving it ends every container and removes everything that was made for them.
 
     `directory` gets the runtimes' own state and the bundles; CRI is served on `socket`. `hidden` are further directories of
-    this machine that desktops find empty.
+    this machine that desktops find empty; `cdi_dirs` are where CDI specifications are, the static ones first.
     """
 
     def __init__(
-        self, directory: Path, socket: Path, *, hidden: Sequence[str] = (), clock_ns: Callable[[], int] = time.time_ns
+        self,
+        directory: Path,
+        socket: Path,
+        *,
+        hidden: Sequence[str] = (),
+        cdi_dirs: Sequence[str] = cdi.SPEC_DIRS,
+        clock_ns: Callable[[], int] = time.time_ns,
     ) -> None:
         self.socket = socket
         self._directory = directory
         self._hidden = (*bundles.PRIVATE_PLACES, *hidden)
+        self._cdi_dirs = tuple(Path(d) for d in cdi_dirs)
         self._clock_ns = clock_ns
         self._cgroup = f"/nodeagent-demo-{os.getpid()}-{secrets.token_hex(3)}"
         self._sandboxes: dict[str, SandboxRecord] = {}
@@ -114,10 +121,12 @@ class StandInRuntime:
         env: Mapping[str, str] = MappingProxyType({}),
         mounts: Sequence[MountSpec] = (),
         nodes: Sequence[NodeSpec] = (),
+        cdi_devices: Sequence[str] = (),
     ) -> str:
         """Start one container; the answer is its id, once it runs or has already ended by itself.
 
-        Raises AgentError when the pod has no sandbox, the runtime is not installed, or the runtime could not start it.
+        Raises AgentError when the pod has no sandbox, the runtime is not installed, a CDI device is unknown, or the runtime
+        could not start it.
         """
         sandbox = self._sandbox_of(pod.uid)
         binary = bundles.binary_of(sandbox.handler)
@@ -139,7 +148,8 @@ class StandInRuntime:
                 oci.Mount(destination=m.container_path, source=m.host_path, readonly=m.read_only) for m in mounts
             ),
         )
-        desktop = await asyncio.to_thread(bundles.lay_out, bundle, desktop, nodes, self._hidden)
+        edits = await asyncio.to_thread(cdi.resolve, cdi_devices, self._cdi_dirs) if cdi_devices else ()
+        desktop, spec = await asyncio.to_thread(bundles.lay_out, bundle, desktop, nodes, self._hidden, edits)
         created_ns = self._clock_ns()
         life = _Life(binary, bundle, await self._spawn(binary, bundle, container_id))
         self._lives[container_id] = life
@@ -151,7 +161,7 @@ class StandInRuntime:
             state=State.CREATED,
             created_ns=created_ns,
             mounts=tuple(oci.bind_mounts(desktop)),
-            spec=oci.spec(desktop),
+            spec=spec,
         )
         self._group.create_task(self._follow(container_id, life), name=f"container {container_id[:12]}")
         await self._started(container_id, life)

@@ -20,10 +20,9 @@ import msgspec
 
 from nodeagent.demo import scene
 from nodeagent.demo.kubelet import StandInKubelet
-from nodeagent.demo.pods import ContainerNotStarted, ContainerSpec, NodeSpec, PodSpec
+from nodeagent.demo.pods import ContainerNotStarted, ContainerSpec, PodSpec, RunOptions
 from nodeagent.demo.runtime import StandInRuntime
 from nodeagent.demo.telling import Say, Step, Summary, Tell, Telling, say_error
-from nodeagent.devices.plugin import MountSpec
 from nodeagent.documents import DevicesDocument, SeatRow, SeatsDocument, StatusDocument
 from nodeagent.errors import AgentError, Reason
 from nodeagent.host import Finished, run
@@ -331,15 +330,10 @@ class Story:
 
     # ---- what steps are made of
 
-    async def _start_container(
-        self,
-        pod: PodSpec,
-        container: ContainerSpec,
-        env: dict[str, str],
-        mounts: tuple[MountSpec, ...],
-        nodes: tuple[NodeSpec, ...],
-    ) -> None:
-        self._ids[pod.uid] = await self._runtime.start_container(pod, container, env, mounts, nodes)
+    async def _start_container(self, pod: PodSpec, container: ContainerSpec, options: RunOptions) -> None:
+        self._ids[pod.uid] = await self._runtime.start_container(
+            pod, container, options.env, options.mounts, options.nodes, options.cdi
+        )
 
     async def _start(self, pod: PodSpec) -> None:
         """Sandbox, PreStartContainer, container: the order of a kubelet."""

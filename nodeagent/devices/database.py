@@ -12,6 +12,7 @@ from __future__ import annotations
 import logging
 import sqlite3
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import msgspec
@@ -36,6 +37,8 @@ class Schema(msgspec.Struct, frozen=True):
     application_id: int
     version: int
     statements: tuple[str, ...]
+    upgrades: dict[int, tuple[str, ...]] = {}
+    """What makes a file of this version one of the next; every earlier version has its line."""
 
 
 class Opened(msgspec.Struct, frozen=True):
@@ -48,20 +51,29 @@ class _Damaged(Exception):
     """The file is there but is not a database of ours that can be read."""
 
 
-def open_database(path: Path, schema: Schema, *, synchronous: str = "FULL") -> Opened:
+def open_database(
+    path: Path,
+    schema: Schema,
+    *,
+    synchronous: str = "FULL",
+    probe: Callable[[sqlite3.Connection], object] = lambda _: None,
+) -> Opened:
     """Open or create the database at `path`; raises AgentError(STATE_INVALID) when it is newer than this version or when
-    the disk refuses."""
+    the disk refuses.
+
+    `probe` reads what the caller will read: a flipped bit in a text leaves the file whole for SQLite and is found only then.
+    """
     aside = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         if path.exists():
             try:
-                return Opened(_open(path, schema, synchronous), None)
+                return Opened(_open(path, schema, synchronous, probe), None)
             except _Damaged as damage:
                 aside = _move_aside(path)
-                log.error("%s is damaged (%s); it is kept as %s and a fresh one is made", path, damage, aside)
+                log.error("%s is damaged (%s); it is kept as %s and a fresh one is made", path, str(damage), aside)
         _create(path, schema)
-        return Opened(_open(path, schema, synchronous), aside)
+        return Opened(_open(path, schema, synchronous, probe), aside)
     except (OSError, sqlite3.Error, _Damaged) as error:
         raise unusable(path, error) from error
 
@@ -75,7 +87,9 @@ def unusable(path: Path, error: Exception) -> AgentError:
     )
 
 
-def _open(path: Path, schema: Schema, synchronous: str) -> sqlite3.Connection:
+def _open(
+    path: Path, schema: Schema, synchronous: str, probe: Callable[[sqlite3.Connection], object]
+) -> sqlite3.Connection:
     if path.stat().st_size == 0:
         raise _Damaged(
             "it is empty"
@@ -83,14 +97,23 @@ def _open(path: Path, schema: Schema, synchronous: str) -> sqlite3.Connection:
     connection = sqlite3.connect(path, timeout=BUSY_S, isolation_level=None, cached_statements=32)
     try:
         _check(connection, path, schema)
+        probe(connection)
         connection.execute("PRAGMA journal_mode = WAL")
         connection.execute(f"PRAGMA synchronous = {synchronous}")
     except BaseException as error:
         connection.close()
-        if isinstance(error, sqlite3.DatabaseError) and getattr(error, "sqlite_errorcode", 0) & 0xFF in DAMAGE:
-            raise _Damaged(str(error)) from error
+        if _is_damage(error):
+            raise _Damaged(" ".join(str(error).split())) from None
         raise
     return connection
+
+
+def _is_damage(error: BaseException) -> bool:
+    """SQLite says so, or a text is none: Python's module finds that by itself, with an error that has no code of SQLite."""
+    if isinstance(error, sqlite3.Error):
+        code = getattr(error, "sqlite_errorcode", None)
+        return isinstance(error, sqlite3.OperationalError) if code is None else code & 0xFF in DAMAGE
+    return isinstance(error, UnicodeDecodeError)
 
 
 def _check(connection: sqlite3.Connection, path: Path, schema: Schema) -> None:
@@ -104,12 +127,29 @@ def _check(connection: sqlite3.Connection, path: Path, schema: Schema) -> None:
             f"the state database {path} has format {version}, this version of nodeagent knows {schema.version}",
             hint=f"run the newer version, or move {path} away to start without its leases",
         )
-    found = [row[0] for row in connection.execute("PRAGMA quick_check(1)")]
+    # quick_check does not compare indexes with their tables: a file that lacks its last byte passes it and fails when it is read.
+    found = [row[0] for row in connection.execute("PRAGMA integrity_check(1)")]
     if found != ["ok"]:
         raise _Damaged(" ".join(str(found[0]).split()))
+    if version < schema.version:
+        _upgrade(connection, version, schema)
     tables = sorted(row[0] for row in connection.execute("SELECT sql FROM sqlite_schema WHERE sql IS NOT NULL"))
     if tables != sorted(schema.statements):
         raise _Damaged("its tables are not those of its format")
+
+
+def _upgrade(connection: sqlite3.Connection, version: int, schema: Schema) -> None:
+    """All steps or none: a crash in between leaves the file as it was."""
+    connection.execute("BEGIN IMMEDIATE")
+    for step in range(version, schema.version):
+        if step not in schema.upgrades:
+            connection.execute("ROLLBACK")
+            raise _Damaged(f"its format {version} is none that was ever written")
+        for statement in schema.upgrades[step]:
+            connection.execute(statement)
+    connection.execute(f"PRAGMA user_version = {schema.version}")
+    connection.execute("COMMIT")
+    log.info("the state database has format %d now, from %d", schema.version, version)
 
 
 def _create(path: Path, schema: Schema) -> None:

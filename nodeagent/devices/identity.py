@@ -11,14 +11,19 @@ import hashlib
 import hmac
 import logging
 import os
+import re
 import stat
 from base64 import b32encode
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 
+import msgspec
+
+from nodeagent.devices.matching import Kind
 from nodeagent.errors import AgentError, Reason
-from nodeagent.host import sync_directory
+from nodeagent.host import sync_directory, write_atomically
 from nodeagent.model import Device, DeviceClass, UsbDevice
 
 log = logging.getLogger(__name__)
@@ -26,6 +31,10 @@ log = logging.getLogger(__name__)
 KEY_BYTES = 32
 KEY_NAME = "node.key"
 ID_CHARS = 20
+DEVICE_ID = re.compile(rf"({'|'.join(DeviceClass)})-[a-z2-7]{{{ID_CHARS}}}")
+TWINS_NAME = "twins.json"
+MAX_TWINS = 1024
+MAX_TWINS_BYTES = 1 << 20
 
 
 def node_key(state_dir: Path) -> bytes:
@@ -114,25 +123,79 @@ def device_id(key: bytes, cls: DeviceClass, usb: UsbDevice, *, by_port: bool = F
     return f"{cls}-{b32encode(digest).decode().lower()[:ID_CHARS]}"
 
 
+def twin_mark(key: bytes, usb: UsbDevice) -> str:
+    """What is remembered of a vendor, product and serial number that more than one device has: 32 hex digits, keyed."""
+    message = "\0".join((f"{usb.vendor:04x}", f"{usb.product:04x}", "twins", usb.serial)).encode()
+    return hmac.new(key, message, hashlib.sha256).hexdigest()[:32]
+
+
 def twins(found: Iterable[UsbDevice]) -> frozenset[tuple[str, ...]]:
     """The ports of devices that cannot be told apart: same vendor, product and serial number, one tuple for each kind."""
-    ports = defaultdict[tuple[int, int, str], list[str]](list)
+    ports = defaultdict[tuple[int, int, str], set[str]](set)
     for usb in found:
         if usb.serial:
-            ports[usb.vendor, usb.product, usb.serial].append(usb.port)
+            ports[usb.vendor, usb.product, usb.serial].add(usb.port)
     return frozenset(tuple(sorted(same)) for same in ports.values() if len(same) > 1)
 
 
-def identify(key: bytes, found: Iterable[tuple[DeviceClass, UsbDevice]]) -> dict[str, Device]:
+def identify(
+    key: bytes,
+    found: Iterable[tuple[Kind, UsbDevice]],
+    known_twins: Collection[str] = (),
+    anchors: Mapping[str, str] = MappingProxyType({}),
+) -> dict[str, Device]:
     """Devices by id.
 
-    Nobody can say which of several twins is which, so all of them are known by their port: the id by serial is void for as
-    long as they are there, and whoever held it holds an unplugged device.
+    Nobody can say which of several twins is which, so they are known by their ports, also while only one of them is there
+    (`known_twins`: their marks). The exception is one that is held since before it had a twin: while it sits at its port
+    (`anchors`: id by serial number -> port) it keeps its id, because a stranger who plugs in a twin must not end a seat.
     """
     found = tuple(found)
     ambiguous = {port for ports in twins(usb for _, usb in found) for port in ports}
     devices = {}
-    for cls, usb in found:
-        name = device_id(key, cls, usb, by_port=usb.port in ambiguous)
-        devices[name] = Device(id=name, cls=cls, usb=usb)
+    for kind, usb in found:
+        name = device_id(key, kind.part.cls, usb)
+        if usb.serial and (usb.port in ambiguous or (known_twins and twin_mark(key, usb) in known_twins)):
+            by_port = anchors.get(name) != usb.port
+            name = device_id(key, kind.part.cls, usb, by_port=by_port)
+        whole = len(kind.part.interfaces) == len(usb.interfaces)
+        devices[name] = Device(
+            id=name,
+            cls=kind.part.cls,
+            usb=usb,
+            interfaces=() if whole else kind.part.interfaces,
+            natural=None if kind.natural is kind.part.cls else kind.natural,
+        )
     return devices
+
+
+class TwinMemory:
+    """The marks of twins that were ever seen, and the anchored ids, in `state_dir/twins.json`. Methods block on the disk.
+
+    A file that cannot be read is as good as none: ids by serial number then hold until twins meet again.
+    """
+
+    def __init__(self, state_dir: Path) -> None:
+        self._path = state_dir / TWINS_NAME
+        self.marks: frozenset[str] = frozenset()
+        self.anchors: dict[str, str] = {}
+
+    def load(self) -> None:
+        try:
+            stored = msgspec.json.decode(self._path.read_bytes()[:MAX_TWINS_BYTES], type=_StoredTwins)
+        except FileNotFoundError:
+            return
+        except (OSError, msgspec.DecodeError, UnicodeDecodeError) as error:
+            log.warning("%s cannot be read (%s); it is begun anew", self._path, error)
+            return
+        self.marks, self.anchors = frozenset(stored.marks), stored.anchors
+
+    def save(self) -> None:
+        """Raises OSError."""
+        stored = _StoredTwins(tuple(sorted(self.marks)[:MAX_TWINS]), dict(sorted(self.anchors.items())[:MAX_TWINS]))
+        write_atomically(self._path, msgspec.json.encode(stored))
+
+
+class _StoredTwins(msgspec.Struct, frozen=True):
+    marks: tuple[str, ...] = ()
+    anchors: dict[str, str] = {}

@@ -14,7 +14,7 @@ import re
 import socket
 import stat
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from enum import StrEnum
 from pathlib import Path
 from random import SystemRandom
@@ -24,6 +24,7 @@ import grpc.aio
 import msgspec
 
 from nodeagent import rpc
+from nodeagent.devices.peer import words_of
 from nodeagent.devices.plugin import Allocator, PluginServer, options
 from nodeagent.devices.podresources import PodResources
 from nodeagent.errors import AgentError, Reason
@@ -38,7 +39,6 @@ KUBELET_SOCKET = "kubelet.sock"
 DIAL_TIMEOUT_S = 2.0
 VERIFY_PAUSES_S = (0.0, 0.05, 0.1, 0.2, 0.4, 0.8, 1.6)
 OURS = re.compile(r"nodeagent-[a-z0-9.-]+-[0-9a-f]{8}\.sock\Z")
-MAX_DETAIL = 300
 
 
 class Pace(msgspec.Struct, frozen=True, kw_only=True):
@@ -150,6 +150,11 @@ class Registrar:
                     keeper.server.update(resources[name], event_s)
         self._rewanted.set()
         self._summarize()
+
+    async def told(self, resources: Iterable[str]) -> None:
+        """Wait, for half a second at most, until the kubelet was sent the newest lists of these resources."""
+        servers = [k.server for n in resources if (k := self._keepers.get(n)) is not None and k.server is not None]
+        await asyncio.gather(*(server.told() for server in servers))
 
     def state(self, resource: str) -> RegistrationState:
         """Where a wanted resource stands; WAITING for one that is not known yet."""
@@ -270,10 +275,9 @@ class Registrar:
                     request, timeout=self._pace.register
                 )
             except grpc.aio.AioRpcError as error:
-                untrusted_details = " ".join((error.details() or "").split())[:MAX_DETAIL]
                 raise AgentError(
                     Reason.KUBELET_UNAVAILABLE,
-                    f"the kubelet did not register {server.resource.name}: {error.code().name.lower()}: {untrusted_details}",
+                    f"the kubelet did not register {server.resource.name}: {words_of(error)}",
                     hint="is the kubelet running and answering?",
                 ) from error
         self._metrics.registrations.labels(server.resource.name).inc()

@@ -21,23 +21,29 @@ from typing import Any, Self, TypeVar
 from nodeagent.config import SeatsConfig
 from nodeagent.devices.database import Opened, Schema, open_database, unusable
 from nodeagent.errors import AgentError, Reason
-from nodeagent.model import Lease, PodRef
+from nodeagent.model import CleanUp, Lease, PodRef
 
 T = TypeVar("T")
 
 UID_REST_S = 3600.0
 """A seat's uid is not given to another seat for so long."""
 
+CLEAN_UPS = (
+    "CREATE TABLE clean_ups (device_id TEXT NOT NULL, generation INTEGER NOT NULL, resource TEXT NOT NULL,"
+    " pod_uid TEXT NOT NULL, PRIMARY KEY (device_id, generation)) STRICT"
+)
 SCHEMA = Schema(
     application_id=0x6E6F6461,  # "noda"
-    version=1,
+    version=2,
     statements=(
         "CREATE TABLE leases (device_id TEXT PRIMARY KEY, resource TEXT NOT NULL, slot TEXT NOT NULL,"
         " generation INTEGER NOT NULL, created_s REAL NOT NULL, pod_namespace TEXT, pod_name TEXT, pod_uid TEXT,"
         " container TEXT NOT NULL, sandbox_id TEXT NOT NULL) STRICT",
         "CREATE TABLE seat_uids (n INTEGER PRIMARY KEY, seat TEXT UNIQUE, last_used_s REAL NOT NULL) STRICT",
         "CREATE TABLE meta (key TEXT PRIMARY KEY, value INTEGER NOT NULL) STRICT",
+        CLEAN_UPS,
     ),
+    upgrades={1: (CLEAN_UPS,)},
 )
 COLUMNS = "device_id, resource, slot, generation, created_s, pod_namespace, pod_name, pod_uid, container, sandbox_id"
 
@@ -60,6 +66,7 @@ class Leases:
         self._opened: Opened | None = None
         # Both are replaced, never changed, by the database's thread after a commit: any reader sees one whole state.
         self._leases: tuple[Lease, ...] = ()
+        self._clean_ups: tuple[CleanUp, ...] = ()
         self._uids: dict[str, int] = {}
 
     async def __aenter__(self) -> Self:
@@ -85,6 +92,12 @@ class Leases:
     def leases(self) -> tuple[Lease, ...]:
         """Every lease as of the last commit, by device id."""
         return self._leases
+
+    @property
+    def clean_ups(self) -> tuple[CleanUp, ...]:
+        """What is still to be done for leases that ended while a container had the device. The end of such a lease and this
+        note are one commit, so that a crash at any point neither loses a clean-up nor makes one up."""
+        return self._clean_ups
 
     @property
     def uids(self) -> dict[str, int]:
@@ -117,11 +130,18 @@ class Leases:
     async def bind(
         self, slot: str, pod: PodRef, container: str, sandbox_id: str, *, only_if_generation: int | None = None
     ) -> tuple[Lease, ...]:
-        """Note who holds the slot; returns its leases, none when there is no such slot (of that generation)."""
+        """Note who holds the slot; returns its leases, none when there is no such slot (of that generation).
+
+        With a container, what the same pod left behind on these devices is not to be cleaned up: it goes on with them.
+        """
 
         def work(db: sqlite3.Connection) -> tuple[Lease, ...]:
             where, values = _of_slot(slot, only_if_generation)
             found = _select(db, where, values)
+            if container:
+                db.executemany(
+                    "DELETE FROM clean_ups WHERE device_id = ? AND pod_uid = ?", [(x.device_id, pod.uid) for x in found]
+                )
             if all((x.pod, x.container, x.sandbox_id) == (pod, container, sandbox_id) for x in found):
                 return found
             holder = "pod_namespace = ?, pod_name = ?, pod_uid = ?, container = ?, sandbox_id = ?"
@@ -143,6 +163,13 @@ class Leases:
         if only_if_generation is not None:
             where, values = f"{where} AND generation = ?", [*values, only_if_generation]
         return await self._change(lambda db: _delete(db, where, values))
+
+    async def cleaned(self, done: Iterable[CleanUp]) -> None:
+        """These clean-ups have run, or are not called for."""
+        keys = [(x.device_id, x.generation) for x in done]
+        await self._change(
+            lambda db: db.executemany("DELETE FROM clean_ups WHERE device_id = ? AND generation = ?", keys)
+        )
 
     # ---- seat uids
 
@@ -197,7 +224,7 @@ class Leases:
             db.execute("BEGIN IMMEDIATE")
             try:
                 result = work(db)
-                leases, uids = _select(db), self._read_uids()
+                leases, clean_ups, uids = _select(db), _read_clean_ups(db), self._read_uids()
                 db.execute("COMMIT")
             except BaseException:
                 if db.in_transaction:
@@ -205,14 +232,15 @@ class Leases:
                 raise
         except sqlite3.Error as error:
             raise unusable(self._path, error) from error
-        self._leases, self._uids = leases, uids
+        self._leases, self._clean_ups, self._uids = leases, clean_ups, uids
         return result
 
     def _open(self) -> None:
         self._opened = open_database(self._path, SCHEMA, synchronous=self._synchronous)
         self.aside = self._opened.aside
         self.recovered = self.aside is not None
-        self._leases, self._uids = self._read_leases(), self._read_uids()
+        self._leases, self._clean_ups = self._read_leases(), _read_clean_ups(self._db)
+        self._uids = self._read_uids()
 
     def _close(self) -> None:
         if self._opened is not None:
@@ -241,8 +269,9 @@ def _allocate(db: sqlite3.Connection, resource: str, ids: Sequence[str], slot: s
             f"{other.device_id} is held as {other.resource}"
             + (f" by pod {other.pod}" if other.pod else "")
             + f" and cannot be given as {resource}",
-            hint="one device under two resource names: let the rules give it one",
+            hint="a device under several resource names is held under one: wait until that pod has ended",
         )
+    _note_clean_ups(db, _select(db, f"device_id IN ({marks})", ids))
     # One counter for all ids: a generation never comes back, not even after its lease was released.
     (generation,) = db.execute(
         "INSERT INTO meta VALUES ('generation', 1) ON CONFLICT (key) DO UPDATE SET value = value + 1 RETURNING value"
@@ -265,8 +294,20 @@ def _of_slot(slot: str, generation: int | None) -> tuple[str, list[Any]]:
 
 def _delete(db: sqlite3.Connection, where: str, values: Sequence[Any]) -> tuple[Lease, ...]:
     ended = _select(db, where, values)
+    _note_clean_ups(db, ended)
     db.execute(f"DELETE FROM leases WHERE {where}", values)  # noqa: S608
     return ended
+
+
+def _note_clean_ups(db: sqlite3.Connection, ended: Iterable[Lease]) -> None:
+    """Of leases that a container had: one that nobody was seen to hold, or a refused pod, leaves nothing behind."""
+    rows = [(x.device_id, x.generation, x.resource, x.pod.uid) for x in ended if x.pod is not None and x.container]
+    db.executemany("INSERT OR IGNORE INTO clean_ups VALUES (?, ?, ?, ?)", rows)
+
+
+def _read_clean_ups(db: sqlite3.Connection) -> tuple[CleanUp, ...]:
+    query = "SELECT device_id, generation, resource, pod_uid FROM clean_ups ORDER BY generation, device_id"
+    return tuple(CleanUp(*row) for row in db.execute(query))
 
 
 def _select(db: sqlite3.Connection, where: str = "1", values: Sequence[Any] = ()) -> tuple[Lease, ...]:

@@ -94,10 +94,16 @@ class Peer:
 
     def _told(self, path: str, error: grpc.aio.AioRpcError) -> PeerError:
         method = path.rpartition("/")[2]
-        untrusted_details = " ".join((error.details() or "").split())[:MAX_DETAIL]
         return PeerError(
             self._name.reason,
-            f"{self._name.name} did not answer {method}: {error.code().name.lower()}: {untrusted_details}",
+            f"{self._name.name} did not answer {method}: {words_of(error)}",
             hint=self._name.hint,
             code=error.code(),
         )
+
+
+def words_of(error: grpc.aio.AioRpcError) -> str:
+    """The status and the peer's own words about it: one line that can be printed on any terminal, cut to MAX_DETAIL."""
+    untrusted_details = " ".join((error.details() or "").split())
+    printable = "".join(c if c.isprintable() else "?" for c in untrusted_details[:MAX_DETAIL])
+    return f"{error.code().name.lower()}: {printable}"

@@ -12,7 +12,7 @@ import contextlib
 import logging
 import os
 import secrets
-from collections.abc import Awaitable, Sequence
+from collections.abc import Awaitable, Iterable, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import NoReturn, Protocol, Self, TypeVar
@@ -24,7 +24,7 @@ import msgspec
 from nodeagent import rpc
 from nodeagent.errors import AgentError, Reason
 from nodeagent.metrics import Metrics
-from nodeagent.model import DeviceNode, Resource
+from nodeagent.model import DeviceNode, Health, Resource
 from nodeagent.wire.pb.deviceplugin.v1beta1 import api_pb2 as pb
 
 T = TypeVar("T")
@@ -36,6 +36,8 @@ ALLOCATE_TIMEOUT_S = 2.0
 PRESTART_TIMEOUT_S = 25.0
 """Below the kubelet's 30 s (KubeletPreStartContainerRPCTimeoutInSecs), so that it hears our sentence, not its own."""
 STOP_GRACE_S = 0.5
+TOLD_S = 0.5
+"""How long an Allocate waits until the kubelet was told that siblings of its devices are taken."""
 MAX_CONCURRENT_REQUESTS = 512
 """Of one resource, open streams included; the kubelet hears RESOURCE_EXHAUSTED beyond it. A node runs at most some 250 pods."""
 MAX_IDS = 1024
@@ -92,6 +94,8 @@ class SlotAnswer(msgspec.Struct, frozen=True, kw_only=True):
     mounts: tuple[MountSpec, ...] = ()
     nodes: tuple[DeviceNode, ...] = ()
     annotations: dict[str, str] = {}
+    cdi: tuple[str, ...] = ()
+    """Qualified names of CDI devices (devices/cdi.py); kubelets before 1.28 do not pass them on."""
 
 
 class Allocator(Protocol):
@@ -135,10 +139,10 @@ class PluginServer:
         self._metrics = metrics
         self._allocate_timeout_s = allocate_timeout_s
         self._prestart_timeout_s = prestart_timeout_s
-        self._streams = 0
         self._unwatched_since_s = asyncio.get_running_loop().time()
         self._closing = False
         self._changed = asyncio.Event()
+        self._sent: dict[object, pb.ListAndWatchResponse | None] = {}  # the last message of each open stream
         self._event_s: float | None = None
         self._resource = resource
         self._list = _device_list(resource)
@@ -151,7 +155,7 @@ class PluginServer:
     @property
     def unwatched_s(self) -> float:
         """For how long no ListAndWatch stream has been open; 0 while one is."""
-        return 0.0 if self._streams else asyncio.get_running_loop().time() - self._unwatched_since_s
+        return 0.0 if self._sent else asyncio.get_running_loop().time() - self._unwatched_since_s
 
     def update(self, resource: Resource, event_s: float | None = None) -> None:
         """Push a new list to every open stream; several updates in quick succession become one message, an equal list none.
@@ -167,6 +171,17 @@ class PluginServer:
             self._event_s = event_s
         self._wake()
 
+    async def told(self, timeout_s: float = TOLD_S) -> bool:
+        """Whether every open stream has sent the newest list, waiting up to `timeout_s`. A kubelet that does not read is not
+        waited for any longer: it learns of a held device from the refusal."""
+        try:
+            async with asyncio.timeout(timeout_s):
+                while any(sent is not self._list for sent in self._sent.values()):
+                    await self._changed.wait()
+        except TimeoutError:
+            return False
+        return True
+
     async def __aenter__(self) -> Self:
         if not os.access(self.socket.parent, os.W_OK | os.X_OK):  # gRPC would complain on stderr in its own format
             raise self._cannot_listen()
@@ -179,6 +194,7 @@ class PluginServer:
                         "GetDevicePluginOptions": (pb.Empty, self._on_options),
                         "Allocate": (pb.AllocateRequest, self._on_allocate),
                         "PreStartContainer": (pb.PreStartContainerRequest, self._on_prestart),
+                        "GetPreferredAllocation": (pb.PreferredAllocationRequest, self._on_preferred),
                     },
                     {"ListAndWatch": (pb.Empty, self._on_list_and_watch)},
                 ),
@@ -225,23 +241,25 @@ class PluginServer:
         return options()
 
     async def _on_list_and_watch(self, request: pb.Empty, context: Context) -> None:
-        self._streams += 1
+        stream = object()
+        self._sent[stream] = None
         self.watched.set()
-        sent: pb.ListAndWatchResponse | None = None
         try:
             while not self._closing:
                 changed, latest = self._changed, self._list
-                if latest != sent:
-                    event_s, self._event_s = self._event_s, None
-                    await context.write(latest)
-                    sent = latest
-                    if event_s is not None:
-                        self._metrics.hotplug_to_kubelet.observe(asyncio.get_running_loop().time() - event_s)
-                else:
+                if latest is self._sent[stream]:
                     await changed.wait()
+                    continue
+                event_s, self._event_s = self._event_s, None
+                await context.write(latest)
+                self._sent[stream] = latest
+                self._wake()
+                if event_s is not None:
+                    self._metrics.hotplug_to_kubelet.observe(asyncio.get_running_loop().time() - event_s)
         finally:
-            self._streams -= 1
-            if not self._streams:
+            del self._sent[stream]
+            self._wake()
+            if not self._sent:
                 self.watched.clear()
                 self._unwatched_since_s = asyncio.get_running_loop().time()
 
@@ -275,6 +293,22 @@ class PluginServer:
             await _abort(context, error)
         return pb.PreStartContainerResponse()
 
+    async def _on_preferred(
+        self, request: pb.PreferredAllocationRequest, context: Context
+    ) -> pb.PreferredAllocationResponse:
+        """A hint; it never names a pod. A request that makes no sense gets an empty one, which the kubelet passes over."""
+        resource = self._resource
+        return pb.PreferredAllocationResponse(
+            container_responses=[
+                pb.ContainerPreferredAllocationResponse(
+                    deviceIDs=preferred(
+                        resource, one.available_deviceIDs, one.must_include_deviceIDs, one.allocation_size
+                    )
+                )
+                for one in request.container_requests[:MAX_IDS]
+            ]
+        )
+
     async def _allocate(self, request: pb.AllocateRequest) -> list[SlotAnswer]:
         resource = self._resource
         return [
@@ -306,7 +340,7 @@ class PluginServer:
 
 def options() -> pb.DevicePluginOptions:
     """PreStartContainer is wanted: it is the first call after which PodResources names the pod."""
-    return pb.DevicePluginOptions(pre_start_required=True, get_preferred_allocation_available=False)
+    return pb.DevicePluginOptions(pre_start_required=True, get_preferred_allocation_available=True)
 
 
 def endpoint_name(directory: Path, resource: Resource) -> str:
@@ -323,8 +357,20 @@ def endpoint_name(directory: Path, resource: Resource) -> str:
 
 def _device_list(resource: Resource) -> pb.ListAndWatchResponse:
     return pb.ListAndWatchResponse(
-        devices=[pb.Device(ID=i, health=resource.offers[i].device.health.value) for i in sorted(resource.offers)]
+        devices=[pb.Device(ID=i, health=resource.offers[i].health.value) for i in sorted(resource.offers)]
     )
+
+
+def preferred(resource: Resource, available: Iterable[str], must: Iterable[str], size: int) -> list[str]:
+    """`size` ids out of `available`, those of `must` first, then what is whole, what blocks no sibling, by id."""
+    first = sorted(set(must))
+
+    def rank(device_id: str) -> tuple[bool, int, str]:
+        offer = resource.offers.get(device_id)
+        return (offer is None or offer.health is not Health.HEALTHY, offer.siblings if offer else 0, device_id)
+
+    rest = sorted(set(available) - set(first), key=rank)
+    return (first + rest)[: max(0, size)]
 
 
 def _checked_ids(untrusted_ids: Sequence[str]) -> tuple[str, ...]:
@@ -366,6 +412,7 @@ def _container_response(answer: SlotAnswer) -> pb.ContainerAllocateResponse:
             pb.DeviceSpec(container_path=n.path, host_path=n.path, permissions=NODE_PERMISSIONS) for n in answer.nodes
         ],
         annotations=answer.annotations,
+        cdi_devices=[pb.CDIDevice(name=name) for name in answer.cdi],
     )
 
 

@@ -1,18 +1,18 @@
-"""Which device is offered under which resource name: the rules, applied. Second step of flow A. Pure.
+"""Which device is offered under which resource names: the rules, applied. Second step of flow A. Pure.
 
 The first rule that matches a device takes it; a device that no rule matches is not offered. Every device ends up either in
-one resource or among the unoffered, with the reason.
+the resources of its rule or among the unoffered, with the reason.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from fnmatch import fnmatchcase
 
 import msgspec
 
 import device_plugins
-from nodeagent.config import DEFAULT_RESOURCE, DevicesConfig, Match, Rule, resource_leaf
+from nodeagent.config import DEFAULT_RESOURCE, DevicesConfig, Rule, resource_leaves
+from nodeagent.devices.matching import differences, rule_of
 from nodeagent.errors import Reason
 from nodeagent.model import Audience, Device, DeviceClass, Grant, Offer, Resource
 
@@ -35,7 +35,7 @@ class Resources(msgspec.Struct, frozen=True):
 
 
 class Verdict(msgspec.Struct, frozen=True):
-    """One rule against one device. `differs` names the attributes that do not fit; `takes` is true for the rule that wins."""
+    """One rule against one device: does it match (else `differs` says what does not fit, and how), does it take the device."""
 
     rule: str
     matched: bool
@@ -52,27 +52,38 @@ def build(devices: Mapping[str, Device], config: DevicesConfig, services: frozen
     audiences: dict[str, Audience] = {}
     offers: dict[str, dict[str, Offer]] = {}
     for rule in config.rules:
-        leaf = rule.resource or DEFAULT_RESOURCE.get(rule.match.class_ or "")
-        if leaf and not leaf.endswith(ID8):
-            audiences.setdefault(f"{config.domain}/{leaf}", rule.to)
+        fixed = rule.leaves or (DEFAULT_RESOURCE.get(rule.as_ or rule.match.class_ or "", ""),)
+        for leaf in fixed:
+            if leaf and not leaf.endswith(ID8):
+                audiences.setdefault(f"{config.domain}/{leaf}", rule.to)
     unoffered = []
     for device in devices.values():
-        taking = next((r for r in config.rules if not _differs(device, r.match)), None)
-        if taking is None:
+        rule_taking = rule_of(device, config.rules)
+        if rule_taking is None:
             unoffered.append(Unoffered(device.id, Reason.NO_RULE, f"{device.id}: no rule of devices.rules matches it"))
             continue
-        name = f"{config.domain}/{_leaf(taking, device)}"
+        names = [f"{config.domain}/{leaf}" for leaf in _leaves(rule_taking, device)]
         grant = device_plugins.grant(device)
-        refusal = _refusal(device, taking, grant, services)
-        if refusal is None and audiences.setdefault(name, taking.to) != taking.to:
-            refusal = Reason.CONFIG_INVALID, f"rule {taking.name} has another `to:` than the first rule of {name}"
+        refusal = _refusal(device, rule_taking, grant, services)
+        for name in names:
+            if refusal is None and audiences.setdefault(name, rule_taking.to) != rule_taking.to:
+                refusal = (
+                    Reason.CONFIG_INVALID,
+                    f"rule {rule_taking.name} has another `to:` than the first rule of {name}",
+                )
         if refusal is not None:
             reason, message = refusal
             unoffered.append(Unoffered(device.id, reason, f"{device.id}: {message}"))
             continue
-        offers.setdefault(name, {})[device.id] = Offer(
-            device=device, rule=taking.name, grant=grant, give=taking.give, sandbox=taking.sandbox
-        )
+        for name in names:
+            offers.setdefault(name, {})[device.id] = Offer(
+                device=device,
+                rule=rule_taking.name,
+                grant=_kubevirt(device) if rule_taking.sandbox == "kubevirt" else grant,
+                give=rule_taking.give,
+                sandbox=rule_taking.sandbox,
+                cdi=rule_taking.cdi,
+            )
     return Resources(
         {name: Resource(name=name, to=to, offers=offers.get(name, {})) for name, to in audiences.items()},
         tuple(unoffered),
@@ -80,36 +91,26 @@ def build(devices: Mapping[str, Device], config: DevicesConfig, services: frozen
 
 
 def explain(device: Device, config: DevicesConfig) -> tuple[Verdict, ...]:
-    """Every rule in order: does it match, does it take the device, and if it does not match, which attributes differ."""
+    """Every rule in order: does it match, does it take the device, and if it does not match, which attributes differ and how."""
     verdicts = []
     taken = False
     for rule in config.rules:
-        differs = _differs(device, rule.match)
+        differs = tuple(d.why for d in differences(device.usb, device.natural or device.cls, rule.match))
         verdicts.append(Verdict(rule.name, not differs, not differs and not taken, differs))
         taken = taken or not differs
     return tuple(verdicts)
 
 
-def _leaf(rule: Rule, device: Device) -> str:
-    leaf = resource_leaf(rule, device.cls)
-    return leaf.removesuffix(ID8) + device.id.rpartition("-")[2][:8] if leaf.endswith(ID8) else leaf
+def _leaves(rule: Rule, device: Device) -> list[str]:
+    eight = device.id.rpartition("-")[2][:8]
+    return [
+        leaf.removesuffix(ID8) + eight if leaf.endswith(ID8) else leaf for leaf in resource_leaves(rule, device.cls)
+    ]
 
 
-def _differs(device: Device, match: Match) -> tuple[str, ...]:
-    """The attributes that `match` names and the device does not fit."""
-    usb = device.usb
-    return tuple(
-        name
-        for name, wanted, fits in (
-            ("class", match.class_, match.class_ == device.cls),
-            ("vendor", match.vendor, match.vendor == f"{usb.vendor:04x}"),
-            ("product", match.product, match.product == f"{usb.product:04x}"),
-            ("serial", match.serial, fnmatchcase(usb.serial, match.serial or "")),
-            ("port", match.port, fnmatchcase(usb.port, match.port or "")),
-            ("simulated", match.simulated, match.simulated == usb.simulated),
-        )
-        if wanted is not None and not fits
-    )
+def _kubevirt(device: Device) -> Grant:
+    """What QEMU in a virt-launcher pod opens: the whole device."""
+    return Grant(nodes=(device.usb.bus_node,) if device.usb.bus_node else ())
 
 
 def _refusal(device: Device, rule: Rule, grant: Grant, services: frozenset[str]) -> tuple[Reason, str] | None:
@@ -123,7 +124,7 @@ def _refusal(device: Device, rule: Rule, grant: Grant, services: frozenset[str])
             return Reason.SERVICE_UNAVAILABLE, f"rule {rule.name} gives {', '.join(missing)}, which does not run here"
         return None
     if rule.give == "node":
-        if grant.nodes:
+        if grant.nodes and (rule.sandbox != "kubevirt" or device.usb.bus_node):
             return None
         what = "simulated and has none" if device.usb.simulated else "without one that may be given"
         return Reason.NOT_SUPPORTED, f"rule {rule.name} gives device nodes, but the device is {what}"

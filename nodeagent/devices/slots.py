@@ -10,16 +10,21 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 import shutil
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import msgspec
 
+from nodeagent.devices import cdi
 from nodeagent.devices.plugin import MountSpec, SlotAnswer
-from nodeagent.model import DeviceNode, Offer, Resource
+from nodeagent.documents import Problem
+from nodeagent.model import DeviceNode, Offer, Resource, UsbDevice
+from nodeagent.transports.labels import Labels
 
 MOUNT_ROOT = "/run/opencdi"
+BUS_NODE = re.compile(r"/dev/bus/usb/([0-9]{3})/([0-9]{3})")
 
 SERVICE_SOCKETS = {"ipp": ("ipp.sock", "CUPS_SERVER")}
 """Service -> its socket in a slot and the variable by which stock clients find it."""
@@ -30,6 +35,9 @@ class SlotDevice(msgspec.Struct, frozen=True, kw_only=True):
     class_: str = msgspec.field(name="class")
     name: str
     simulated: bool
+    health: str = "Healthy"
+    reason: str = ""
+    """Why it is not healthy, a word of errors.Reason."""
 
 
 class SlotDocument(msgspec.Struct, frozen=True, kw_only=True):
@@ -45,6 +53,10 @@ class SlotDocument(msgspec.Struct, frozen=True, kw_only=True):
     """Service -> path of its socket inside the desktop."""
     made_ns: int = 0
     """When the directory was made, nanoseconds since the epoch."""
+    nodes: tuple[DeviceNode, ...] = ()
+    """The device nodes that its containers have now."""
+    taken: tuple[DeviceNode, ...] = ()
+    """Those that they had, and that were taken from them when their device was unplugged."""
 
 
 def slot_name(resource: str, ids: Iterable[str]) -> str:
@@ -65,10 +77,28 @@ def answer(resource: Resource, ids: Iterable[str], path: Path) -> SlotAnswer:
     for service in services_of(offers):
         socket, name = SERVICE_SOCKETS[service]
         env[name] = f"{inside}/{socket}"
-    nodes: tuple[DeviceNode, ...] = tuple(n for o in offers if o.give == "node" for n in o.grant.nodes)
+    if addresses := [address for o in offers if o.nodes and (address := usb_address(o.device.usb))]:
+        env[kubevirt_variable(resource)] = ",".join(addresses)
     return SlotAnswer(
-        env=env, mounts=(MountSpec(container_path=inside, host_path=str(path), read_only=True),), nodes=nodes
+        env=env,
+        mounts=(MountSpec(container_path=inside, host_path=str(path), read_only=True),),
+        nodes=tuple(n for o in offers if not o.cdi for n in o.nodes),
+        cdi=tuple(cdi.qualified(resource, o.device.id) for o in offers if o.cdi),
     )
+
+
+def usb_address(usb: UsbDevice) -> str:
+    """`bus:device` in decimal, as libvirt and KubeVirt write it; empty without a usbfs node."""
+    found = BUS_NODE.fullmatch(usb.bus_node.path) if usb.bus_node else None
+    return f"{int(found[1])}:{int(found[2])}" if found else ""
+
+
+def kubevirt_variable(resource: Resource) -> str:
+    """What virt-launcher looks for when a USB resource has an external provider: `USB_RESOURCE_OPENCDI_IO_UKEY`.
+
+    KubeVirt replaces `/` and `.` and leaves `-` alone (pkg/util, ResourceNameToEnvVar).
+    """
+    return "USB_RESOURCE_" + resource.name.upper().replace("/", "_").replace(".", "_")
 
 
 def services_of(offers: Iterable[Offer]) -> tuple[str, ...]:
@@ -79,23 +109,30 @@ def services_of(offers: Iterable[Offer]) -> tuple[str, ...]:
 class Slots:
     """The slot directories of this node. All calls are a few operations on a tmpfs and do not block."""
 
-    def __init__(self, run_dir: Path) -> None:
+    def __init__(self, run_dir: Path, labels: Labels | None = None) -> None:
         self.root = run_dir / "slots"
+        self.problems: tuple[Problem, ...] = ()
+        """What keeps containers from their slots (SELinux)."""
+        self._labels = labels
 
     def prepare(self) -> None:
         self.root.mkdir(parents=True, exist_ok=True)
         self.root.chmod(0o700)
         for leftover in self.root.glob(".dead-*"):
             shutil.rmtree(leftover, ignore_errors=True)
+        if self._labels is not None and (problem := self._labels.probe(self.root)) is not None:
+            self.problems = (problem,)
 
     def path(self, name: str) -> Path:
         return self.root / name
 
     def ensure(self, name: str) -> Path:
-        """The slot's directory, made if it is not there."""
+        """The slot's directory, made if it is not there. What is made in it has its SELinux type, as files do."""
         path = self.path(name)
         path.mkdir(exist_ok=True)
         path.chmod(0o755)
+        if self._labels is not None and (problem := self._labels.apply(path)) is not None:
+            self.problems = (problem,)
         return path
 
     def set_aside(self, name: str) -> Path | None:
@@ -135,7 +172,14 @@ class Slots:
             return None
 
 
-def document(slot: str, resource: Resource, ids: Iterable[str], state: str, made_ns: int) -> SlotDocument:
+def nodes_of(offers: Iterable[Offer]) -> tuple[DeviceNode, ...]:
+    """The device nodes that a container with these offers has while their devices are plugged in."""
+    return tuple(n for o in offers if o.device.present for n in o.nodes)
+
+
+def document(
+    slot: str, resource: Resource, ids: Iterable[str], state: str, made_ns: int, nodes: tuple[DeviceNode, ...] = ()
+) -> SlotDocument:
     """The slot's public document for the devices that are offered right now."""
     ids = tuple(sorted(ids))
     offers: Mapping[str, Offer] = {i: resource.offers[i] for i in ids if i in resource.offers}
@@ -146,8 +190,16 @@ def document(slot: str, resource: Resource, ids: Iterable[str], state: str, made
         ids=ids,
         state=state,
         made_ns=made_ns,
+        nodes=nodes,
         devices=tuple(
-            SlotDevice(id=i, class_=o.device.cls.value, name=o.device.usb.name, simulated=o.device.usb.simulated)
+            SlotDevice(
+                id=i,
+                class_=o.device.cls.value,
+                name=o.device.usb.name,
+                simulated=o.device.usb.simulated,
+                health=o.health.value,
+                reason=o.ailment,
+            )
             for i, o in offers.items()
         ),
         services={s: f"{inside}/{SERVICE_SOCKETS[s][0]}" for s in services_of(offers.values())},

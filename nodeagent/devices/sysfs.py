@@ -3,7 +3,8 @@
 What is a fact for as long as a device stays plugged is read once (`known`): its texts, because the kernel takes the
 device's lock to show them and a device stuck in a reset holds it for half a minute (drivers/usb/core/sysfs.c,
 usb_string_attr); what its drivers told (HID usages, IEEE 1284 id), because a program that takes the device over through
-libusb, as CUPS's usb back end does, unbinds the driver and the attribute goes away.
+libusb, as CUPS's usb back end does, unbinds the driver and the attribute goes away. `bConfigurationValue` takes that lock
+too; the active configuration is read off the names of the interfaces' directories, `<port>:<configuration>.<number>`.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import logging
 import os
 import re
 import unicodedata
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -20,7 +22,7 @@ import msgspec
 
 from nodeagent.host import HostRoot
 from nodeagent.model import DeviceNode, Interface, UsbDevice
-from nodeagent.wire import hid
+from nodeagent.wire import descriptors, hid
 
 log = logging.getLogger(__name__)
 
@@ -37,6 +39,8 @@ MAX_DIRECTORIES = 256
 """Looked into below one device; a headset has about 30."""
 MAX_DEPTH = 10
 """A partition of a stick is 8 below its device."""
+MAX_CONNECT_TYPE = 16
+PIECE_BYTES = 16 << 10
 UNSHOWN = frozenset({"Cc", "Cf", "Cs", "Co"})
 BUSY = frozenset({"power", "queue", "statistics", "integrity", "mq", "trace", "holders", "slaves", "leds", "wakeup"})
 """Directories that hold no nodes and many files."""
@@ -59,6 +63,7 @@ class _Below:
         self.nodes: list[DeviceNode] = []
         self.usages: dict[int, tuple[int, ...]] = {}
         self.ieee1284_id = ""
+        self.configuration = 0
 
 
 def read_devices(host: HostRoot, paths: Sequence[str], known: Mapping[str, UsbDevice]) -> tuple[UsbDevice, ...]:
@@ -90,6 +95,7 @@ def _read_device(top: Path, sysfs: str, known: Mapping[str, UsbDevice]) -> UsbDe
     if before and not _same_stay(before, vendor, product, below.nodes):
         before = None
     usages = {i.number: i.hid_usages for i in before.interfaces} if before else {}
+    interfaces, types = _with_settings(top, below, before)
     return UsbDevice(
         port=top.name,
         vendor=vendor,
@@ -99,10 +105,12 @@ def _read_device(top: Path, sysfs: str, known: Mapping[str, UsbDevice]) -> UsbDe
         name=(before and before.name) or clean(attribute("product")),
         interfaces=tuple(
             msgspec.structs.replace(i, hid_usages=below.usages.get(i.number) or usages.get(i.number, ()))
-            for i in sorted(below.interfaces)
+            for i in interfaces
         ),
+        interface_types=types,
         nodes=tuple(sorted(below.nodes, key=lambda n: (n.interface, n.path))),
         ieee1284_id=below.ieee1284_id or (before.ieee1284_id if before else ""),
+        connect_type=(before and before.connect_type) or _connect_type(top),
         sysfs=sysfs,
     )
 
@@ -111,6 +119,47 @@ def _same_stay(before: UsbDevice, vendor: int, product: int, nodes: list[DeviceN
     """It was not unplugged in between: each stay on the bus has a number of its own, and with it another usbfs node."""
     stay = [n for n in nodes if n.interface < 0 and n.subsystem == "usb"]
     return bool(stay) and stay[0] in before.nodes and (before.vendor, before.product) == (vendor, product)
+
+
+def _with_settings(top: Path, below: _Below, before: UsbDevice | None) -> tuple[tuple[Interface, ...], tuple[str, ...]]:
+    """The interfaces with their alternate settings, and the types of all settings of the active configuration.
+
+    The descriptors are read again when an interface was switched to another setting or another configuration was chosen.
+    """
+    found = tuple(sorted(below.interfaces))
+    if before and before.interface_types:
+        known = {(i.number, i.triple): i.alternates for i in before.interfaces}
+        if [*known] == [(i.number, i.triple) for i in found]:
+            kept = (msgspec.structs.replace(i, alternates=known[i.number, i.triple]) for i in found)
+            return tuple(kept), before.interface_types
+    try:
+        taken = descriptors.take_descriptors(_bytes(str(top), "descriptors", descriptors.MAX_BYTES))
+    except ValueError as error:
+        log.debug("%s: %s", top, error)
+        return found, ()
+    alternates = defaultdict[int, list[str]](list)
+    settings = taken.settings(below.configuration)
+    for setting in settings:
+        alternates[setting.number].append(setting.triple)
+    several = {number: tuple(triples) for number, triples in alternates.items() if len(triples) > 1}
+    return (
+        tuple(msgspec.structs.replace(i, alternates=several.get(i.number, ())) for i in found),
+        tuple(setting.triple for setting in settings),
+    )
+
+
+def _connect_type(top: Path) -> str:
+    """The kernel's word for the port that the device sits in; empty where it has none.
+
+    The device's link `port` leads to the port. Older kernels lack the link, but the port is a child of its hub's interface
+    all the same, `port3` at first and now `usb1-port3` (drivers/usb/core/port.c).
+    """
+    hub, number = top.parent.name, re.split(r"[-.]", top.name)[-1]
+    interface = top.parent / (f"{hub[3:]}-0:1.0" if hub.startswith("usb") else f"{hub}:1.0")
+    for port in (top / "port", interface / f"{hub}-port{number}", interface / f"port{number}"):
+        if found := clean(_text(str(port), "connect_type"), MAX_CONNECT_TYPE):
+            return found
+    return ""
 
 
 def clean(untrusted_text: str, limit: int = MAX_TEXT) -> str:
@@ -160,6 +209,7 @@ def _below(top: Path) -> _Below:
             if read is not None:
                 found.interfaces.append(read)
                 interface = read.number
+                found.configuration = _configuration(directory)
             if "ieee1284_id" in files:
                 found.ieee1284_id = clean(_text(directory, "ieee1284_id"), MAX_ID_TEXT)
         if "report_descriptor" in files:
@@ -180,6 +230,12 @@ def _interface(directory: str) -> Interface | None:
     if number is None or cls is None or subclass is None or protocol is None:
         return None
     return Interface(number, cls, subclass, protocol)
+
+
+def _configuration(directory: str) -> int:
+    """The kernel names the directory of an interface `<port>:<configuration>.<number>` (drivers/usb/core/message.c)."""
+    named = re.search(r":([0-9]{1,3})\.[0-9]{1,3}$", directory)
+    return int(named[1]) if named else 0
 
 
 def _usages(directory: str) -> tuple[int, ...]:
@@ -209,7 +265,10 @@ def _node(directory: str, interface: int) -> DeviceNode | None:
 def _bytes(directory: str, name: str, limit: int) -> bytes:
     try:
         with open(f"{directory}/{name}", "rb") as file:
-            return file.read(limit + 1)
+            found = b""
+            while len(found) <= limit and (piece := file.read(min(PIECE_BYTES, limit + 1 - len(found)))):
+                found += piece
+            return found
     except OSError:
         return b""
 

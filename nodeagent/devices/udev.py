@@ -17,14 +17,16 @@ import threading
 from functools import cache
 from typing import Any, Protocol
 
+import msgspec
+
 from nodeagent.devices import sysfs
 from nodeagent.host import HostRoot
 
 log = logging.getLogger(__name__)
 
 CLONE_NEWNET = 0x40000000
-EVENTS_A_LOOK = 64
-"""Events that one `relevant()` decodes, at 30 microseconds each, before the event loop gets its turn again."""
+EVENTS_A_TURN = 64
+"""Events that one `take()` decodes, at 30 microseconds each, before the event loop gets its turn again."""
 DATAGRAMS_A_DISCARD = 16384
 DATAGRAM_BYTES = 8192
 """A kernel event fits into 2048 bytes plus header (UEVENT_BUFFER_SIZE)."""
@@ -33,13 +35,29 @@ BELOW_USB = re.compile(r"/usb[0-9]+/")
 """In the path of every device on a USB bus and of whatever its drivers make; other buses of a busy node stay out."""
 
 
+PORT = re.compile(r"/([0-9]+-[0-9]+(?:\.[0-9]+)*)(?=/|$)")
+"""A device on a bus, in the path of whatever is below it; below a hub there are several in a row."""
+
+
+class Heard(msgspec.Struct, frozen=True):
+    """What some events say: the ports whose devices came, went or changed, and whether anything USB was among them.
+
+    `lost`: which ports there were cannot be told, everything has to be looked at. `more`: events are still waiting.
+    """
+
+    usb: bool = False
+    ports: frozenset[str] = frozenset()
+    lost: bool = False
+    more: bool = False
+
+
 class Hotplug(Protocol):
     """A descriptor that becomes readable when something was plugged."""
 
     def fileno(self) -> int: ...
 
-    def relevant(self) -> bool:
-        """Take some waiting events; True as soon as one of them concerns USB, or when events were lost. Never waits."""
+    def take(self) -> Heard:
+        """Take some waiting events (EVENTS_A_TURN at most). Never waits."""
         ...
 
     def discard(self) -> None:
@@ -63,18 +81,21 @@ class UdevHotplug:
     def fileno(self) -> int:
         return self._fd
 
-    def relevant(self) -> bool:
-        for _ in range(EVENTS_A_LOOK):
+    def take(self) -> Heard:
+        ports: set[str] = set()
+        usb = False
+        for _ in range(EVENTS_A_TURN):
             try:
                 device = self._monitor.poll(timeout=0)
             except OSError as error:
                 log.debug("hotplug events were lost: %s", error)  # ENOBUFS: more came than the socket holds
-                return True
+                return Heard(True, frozenset(ports), lost=True, more=True)
             if device is None:
-                return False
+                return Heard(usb, frozenset(ports))
             if self._pattern.search(device.device_path):
-                return True
-        return False
+                usb = True
+                ports.update(PORT.findall(device.device_path))
+        return Heard(usb, frozenset(ports), more=True)
 
     def discard(self) -> None:
         errors = 0

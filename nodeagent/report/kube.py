@@ -1,4 +1,4 @@
-"""The API server, as far as the agent needs it: create and update an Event, look up a pod's service account.
+"""The API server, as far as the agent needs it: Events, a pod's service account, evictions, the marks of its own node.
 
 Plain HTTP over aiohttp, which the daemon has loaded anyway: the official client's typed API costs another 45 MiB, half of
 what the whole daemon may use (docs/decisions/0005-api-client.md). The token is read again every minute, since projected
@@ -24,6 +24,7 @@ import msgspec
 
 from nodeagent.documents import Peer
 from nodeagent.errors import AgentError, Reason
+from nodeagent.marks import Taint
 from nodeagent.metrics import Metrics
 from nodeagent.model import PodRef
 from nodeagent.report.endpoint import Endpoint
@@ -40,6 +41,8 @@ MAX_RETRY_AFTER_S = 300.0
 QUIET_S = 5.0
 """After the server did not answer, look-ups say `unknown` at once for so long: a seat waits for them."""
 MERGE_PATCH = "application/merge-patch+json"
+BUDGET = "DisruptionBudget"
+"""The cause of a 429 that is an answer about a pod and not the server's load (policy/v1 DisruptionBudgetCause)."""
 
 
 class ApiError(AgentError):
@@ -93,6 +96,41 @@ class _Pod(msgspec.Struct, frozen=True):
     spec: _PodSpec = _PodSpec()
 
 
+class _SeenTaint(msgspec.Struct, frozen=True):
+    key: str
+    effect: str
+    value: str = ""
+
+
+class _NodeMetadata(msgspec.Struct, frozen=True):
+    resourceVersion: str
+    labels: dict[str, str] = {}
+
+
+class _NodeSpec(msgspec.Struct, frozen=True):
+    taints: tuple[msgspec.Raw, ...] = ()
+
+
+class _Node(msgspec.Struct, frozen=True):
+    metadata: _NodeMetadata
+    spec: _NodeSpec = _NodeSpec()
+
+
+class NodeTaint(msgspec.Struct, frozen=True):
+    """A taint that a node has. `raw` is all of it as the server wrote it, so that what we do not know stays in it."""
+
+    taint: Taint
+    raw: msgspec.Raw
+
+
+class NodeState(msgspec.Struct, frozen=True):
+    """What the scheduler goes by, and the version of the Node object that said so."""
+
+    resource_version: str
+    taints: tuple[NodeTaint, ...]
+    labels: dict[str, str]
+
+
 class KubeClient:
     """`async with KubeClient(endpoint, metrics) as api`. Every method raises ApiError, and nothing else, for the server."""
 
@@ -134,6 +172,45 @@ class KubeClient:
     async def patch_event(self, namespace: str, name: str, change: Mapping[str, Any]) -> None:
         path = f"/api/v1/namespaces/{quote(namespace, safe='')}/events/{quote(name, safe='')}"
         await self._call("PATCH", path, change, MERGE_PATCH)
+
+    async def evict(self, pod: PodRef) -> bool:
+        """Ask for the end of exactly this pod; False when it is gone already, or another pod has its name now.
+
+        Raises ApiError; its status is 429 when a disruption budget or the server's load does not allow it now.
+        """
+        path = f"/api/v1/namespaces/{quote(pod.namespace, safe='')}/pods/{quote(pod.name, safe='')}/eviction"
+        eviction = {
+            "apiVersion": "policy/v1",
+            "kind": "Eviction",
+            "metadata": {"name": pod.name, "namespace": pod.namespace},
+            "deleteOptions": {"preconditions": {"uid": pod.uid}},
+        }
+        try:
+            await self._call("POST", path, eviction)
+        except ApiError as error:
+            # 409 Conflict: the precondition does not hold (registry/rest: "UID in precondition ... UID in object meta").
+            if error.status in (404, 409):
+                return False
+            raise
+        return True
+
+    async def node(self, name: str) -> NodeState:
+        """Taints and labels of a node. Raises ApiError."""
+        data = await self._call("GET", f"/api/v1/nodes/{quote(name, safe='')}")
+        try:
+            node = msgspec.json.decode(data, type=_Node)
+            taints = tuple(
+                NodeTaint(Taint(seen.key, seen.effect, seen.value), raw)
+                for raw in node.spec.taints
+                for seen in [msgspec.json.decode(raw, type=_SeenTaint)]
+            )
+        except (msgspec.DecodeError, UnicodeDecodeError) as error:
+            raise ApiError(f"API server {self._endpoint.server}: node {name}: not a Node: {error}") from error
+        return NodeState(node.metadata.resourceVersion, taints, node.metadata.labels)
+
+    async def patch_node(self, name: str, change: Mapping[str, Any]) -> None:
+        """Change a node by a JSON merge patch. Raises ApiError, with status 409 if `change` names an older version."""
+        await self._call("PATCH", f"/api/v1/nodes/{quote(name, safe='')}", change, MERGE_PATCH)
 
     async def service_account(self, pod: PodRef) -> str | None:
         """The service account of exactly this pod (same uid), or None when that cannot be learned now.
@@ -186,7 +263,7 @@ class KubeClient:
             self._saw(True)
             return data
         failure = _refusal(f"API server {self._endpoint.server}: {method} {path}", status, data, headers)
-        self._saw(status in (403, 404, 409, 422), failure.message)
+        self._saw(status in (403, 404, 409, 422) or BUDGET in failure.causes, failure.message)
         raise failure
 
     async def _exchange(

@@ -5,20 +5,28 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from nodeagent.host import HostRoot
-from nodeagent.model import Container, SandboxKind
+from nodeagent.model import Container, Sandbox, SandboxKind
 from nodeagent.sandboxes import gvisor, runc
 
 REACHED: tuple[SandboxKind, ...] = ("runc", "gvisor")
 """Kinds whose desktops can be given a slot by a bind mount."""
 
 
-def kind_of(handler: str, named: Mapping[str, SandboxKind]) -> SandboxKind:
-    """The kind of a RuntimeClass handler: what the configuration says, else what its name tells, else runc.
+LAUNCHER = ("kubevirt.io", "virt-launcher")
+"""The label of a pod that is a virtual machine of KubeVirt's; the pod itself runs under runc."""
+
+
+def kind_of(sandbox: Sandbox, named: Mapping[str, SandboxKind]) -> SandboxKind:
+    """Where the desktop of a pod runs: by its RuntimeClass handler what the configuration says, else KubeVirt by the label of
+    its launcher, else what the handler's name tells, else runc.
 
     The empty handler is the runtime's default, which on every supported runtime is runc or crun.
     """
+    handler, (label, launcher) = sandbox.handler, LAUNCHER
     if handler in named:
         return named[handler]
+    if sandbox.labels.get(label) == launcher:
+        return "kubevirt"
     word = handler.lower()
     if "runsc" in word or "gvisor" in word:
         return "gvisor"

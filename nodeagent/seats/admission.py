@@ -60,6 +60,8 @@ def _check_sandbox(offer: Offer, kind: SandboxKind, sandbox: Sandbox) -> None:
             f"rule '{offer.rule}' is for {offer.sandbox} desktops, pod {sandbox.pod} runs under {kind}",
             hint=f"use a RuntimeClass of {offer.sandbox}, or change `sandbox` of the rule",
         )
+    if kind == "kubevirt" and offer.give == "node":
+        return
     if kind not in REACHED:
         raise AgentError(
             Reason.SANDBOX_NOT_ALLOWED,

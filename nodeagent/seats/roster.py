@@ -39,17 +39,29 @@ class Roster:
     def __init__(
         self, *, config: Config, leases: Leases, slots: Slots, cgroups: SeatCgroups, spool: Spool, around: Surroundings,
         metrics: Metrics, tasks: asyncio.TaskGroup, now: Callable[[], float] = time.time,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:  # fmt: skip
         self.config = config
         self.seats: dict[str, Seat] = {}
         self._leases, self._slots, self._cgroups, self._spool = leases, slots, cgroups, spool
         self._around, self._metrics, self._tasks, self._now = around, metrics, tasks, now
+        self._clock = clock
+        self._began: dict[str, float] = {}
         self._lives: dict[str, asyncio.Task[None]] = {}
         self._endings: dict[str, asyncio.Task[None]] = {}  # device id -> the ending of the seat that held it
+
+    def began_at(self, name: str) -> float:
+        """The monotonic time at which a seat was made here."""
+        return self._began[name]
 
     def holder(self, slot: str) -> Seat | None:
         """The seat that the slot belongs to."""
         return next((s for s in self.seats.values() if slot in s.slots), None)
+
+    def seated(self, slot: str, pod: PodRef) -> bool:
+        """Whether the slot belongs to the seat of this pod."""
+        holder = self.holder(slot)
+        return holder is not None and holder.pod == pod
 
     def others(self, ids: Iterable[str], pod: PodRef) -> list[tuple[Seat, str]]:
         """Seats of other pods that hold one of `ids`, with the slot by which they do."""
@@ -61,6 +73,11 @@ class Roster:
             for name, binding in seat.slots.items()
             if wanted & set(binding.ids)
         ]
+
+    @property
+    def device_ids(self) -> frozenset[str]:
+        """Every device that a seat has now."""
+        return frozenset(i for seat in self.seats.values() for i in seat.device_ids)
 
     def moved(self, slot: str, directory: Path | None) -> None:
         """The slot's directory was set aside; its seat goes on serving it there."""
@@ -105,6 +122,7 @@ class Roster:
         seat = self.seats.pop(name, None)
         if seat is None:
             return
+        del self._began[name]
         ids = (*ids, *seat.device_ids)
         for binding in tuple(seat.slots.values()):
             seat.leave(binding.name)
@@ -175,6 +193,7 @@ class Roster:
         cgroup: SeatCgroup = self._cgroups.create(name, limits)
         seat = Seat(name, pod, uid, kind, cgroup, self._around, self._now())
         self.seats[name] = seat
+        self._began[name] = self._clock()
         self._lives[name] = self._tasks.create_task(seat.run(), name=f"seat {pod}")
         log.info("seat of pod %s begins (%s, uid %d)", pod, kind, uid)
         return seat

@@ -18,8 +18,7 @@ from typing import Any
 from nodeagent import daemon
 from nodeagent.config import Config, parse
 from nodeagent.demo.kubelet import StandInKubelet
-from nodeagent.demo.pods import ContainerSpec, NodeSpec, PodSpec
-from nodeagent.devices.plugin import MountSpec
+from nodeagent.demo.pods import ContainerSpec, PodSpec, RunOptions
 from nodeagent.host import HostRoot
 from nodeagent.metrics import Metrics
 from nodeagent.reload import Reload
@@ -135,18 +134,11 @@ class House:
             measure()
         return self.metrics.registry.get_sample_value(f"nodeagent_{name}", labels) or 0.0
 
-    async def _start(
-        self,
-        pod: PodSpec,
-        container: ContainerSpec,
-        env: dict[str, str],
-        mounts: tuple[MountSpec, ...],
-        nodes: tuple[NodeSpec, ...],
-    ) -> None:
+    async def _start(self, pod: PodSpec, container: ContainerSpec, options: RunOptions) -> None:
         """The runtime starts a container: a missing host path becomes an empty directory, as containerd does."""
-        self.mounts[pod.name, container.name] = {m.container_path: m.host_path for m in mounts}
-        self.env[pod.name, container.name] = env
-        for mount in mounts:
+        self.mounts[pod.name, container.name] = {m.container_path: m.host_path for m in options.mounts}
+        self.env[pod.name, container.name] = options.env
+        for mount in options.mounts:
             Path(mount.host_path).mkdir(parents=True, exist_ok=True)
         self.started.append((pod.name, container.name))
         container_id = f"c{len(self.started)}-{pod.name}-{container.name}"

@@ -50,10 +50,10 @@ async def test_a_container_on_a_dead_directory_is_reported_and_restarted_if_allo
     has_mounted(house, desk, f"/nodeagent/slots/{house.slot(desk).name}//deleted")
     events: list[tuple[str, str]] = []
     async with house.life() as active:
-        active.binding._report = type("R", (), {"pod_event": lambda _, p, r, m, **k: events.append((p.name, m))})()
-        active.binding._judged.clear()
+        active.comparison._report = type("R", (), {"pod_event": lambda _, p, r, m, **k: events.append((p.name, m))})()
+        active.comparison._judged.clear()
         await eventually(lambda: events)
-        await active.binding.compare()
+        await active.comparison.compare()
         assert [e[0] for e in events] == ["desk"], "one Event, however often it is seen"
         assert "started without its devices" in events[0][1]
         assert house.value("denied_total", reason="stale_slot") >= 1
@@ -139,7 +139,7 @@ async def test_a_refused_pod_is_not_served_after_a_restart_of_the_daemon(house: 
         with pytest.raises(ContainerNotStarted):
             await house.run(desk)
     async with house.life() as active:
-        await active.binding.compare()
+        await active.comparison.compare()
         assert not active.roster.seats
         house.end(desk)
         await eventually(lambda: not active.leases.leases)
@@ -152,7 +152,7 @@ async def test_the_runtime_being_away_changes_nothing(house: House) -> None:
         await house.run(desk)
         assert house.cri._server is not None
         await house.cri._server.stop(None)
-        await eventually(lambda: active.binding.cri_error)
+        await eventually(lambda: active.comparison.cri_error)
         assert house.seat(active, desk).state is SeatState.LIVE
         assert house.view.document("status").cri.state == "unreachable"
         other = pod("other")
@@ -170,7 +170,7 @@ async def test_an_unplugged_printer_that_is_held_stays_listed_and_comes_back(hou
         await house.source.reload()
         await house.kubelet.until(lambda: not house.kubelet.allocatable(PRINTER))
         offer = active.binding.resources[PRINTER].offers[device]
-        assert offer.device.health == "Unhealthy"
+        assert offer.health == "Unhealthy"
         house.save(simulated=[{"model": "printer", "serial": "P1"}])
         await house.source.reload()
         await house.kubelet.until(lambda: house.kubelet.allocatable(PRINTER) == {device})
@@ -184,10 +184,10 @@ async def test_a_pod_that_came_while_the_runtime_was_being_asked_is_not_taken_fo
     desk = pod("desk")
     async with house.life() as active:
         await house.kubelet.until(lambda: len(house.kubelet.allocatable(PRINTER)) == 1)
-        before = await active.binding._cri.fresh()
-        asked_s = active.binding._now()
+        before = await active.comparison._cri.fresh()
+        asked_at = active.comparison._clock()
         await house.run(desk)
-        await active.binding._release_dead(before, asked_s)
+        await active.comparison._release_dead(before, {s.pod.uid for s in before.sandboxes}, asked_at)
         assert [x.pod.name for x in active.leases.leases if x.pod] == ["desk"]
         assert house.seat(active, desk).state is SeatState.LIVE
 
@@ -215,7 +215,7 @@ async def test_one_desktop_that_cannot_have_a_seat_takes_nobody_with_it(
         for desk in (unlucky, third):
             await house.kubelet.start_container(desk, "desktop")
         await eventually(lambda: house.seat(active, third) is not None)
-        await active.binding.compare()
+        await active.comparison.compare()
         assert house.value("denied_total", reason="too_many") == 1, "said once, tried again every time"
         assert house.seat(active, other).state is SeatState.LIVE
         monkeypatch.undo()
@@ -241,7 +241,7 @@ async def test_a_seat_that_cannot_be_cleared_away_takes_nobody_with_it(
         monkeypatch.setattr(cgroup, "destroy", undead)
         house.end(desk)
         await eventually(lambda: house.seat(active, desk) is None and not active.roster._endings)
-        await active.binding.compare()
+        await active.comparison.compare()
         assert house.seat(active, other).state is SeatState.LIVE
         assert desk.uid in active.leases.uids, "the uid of a process that may live is given to nobody"
 
@@ -259,9 +259,9 @@ async def test_a_refused_pod_that_is_still_ending_does_not_take_the_lease_of_the
         house.kubelet.endpoints[PRINTER].options = asked
         house.kubelet.delete(refused)  # the kubelet hands its device on, while its container takes its time to end
         await house.run(nurse)
-        await active.binding.compare()
+        await active.comparison.compare()
         house.end(refused)
-        await active.binding.compare()
+        await active.comparison.compare()
         assert [x.pod.name for x in active.leases.leases if x.pod] == ["nurse"]
         assert house.seat(active, nurse).state is SeatState.LIVE
         assert house.value("refused_holding_seconds", resource=PRINTER) == 0
@@ -288,5 +288,5 @@ async def test_a_bound_seat_survives_a_stricter_rule_and_a_restart(house: House)
             await house.kubelet.start_container(desk, "desktop")
         assert [x.container for x in active.leases.leases] == ["desktop"]
     async with house.life() as active:
-        await active.binding.compare()
+        await active.comparison.compare()
         assert house.seat(active, desk) is not None

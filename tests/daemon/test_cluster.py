@@ -10,6 +10,7 @@ import pytest
 from nodeagent.demo.pods import ContainerNotStarted
 from nodeagent.model import SeatState
 from nodeagent.report.endpoint import Endpoint
+from nodeagent.seats import refusals
 from tests.daemon.house import PRINTER, House, eventually, pod
 from tests.fakes.apiserver import ApiServer
 
@@ -80,3 +81,92 @@ async def test_a_bad_reload_is_an_event_of_the_node(house: House, api: ApiServer
         await api.until(events=1)
     (event,) = api.events.values()
     assert event["involvedObject"]["kind"] == "Node" and "nonsense: unknown key" in event["message"]
+
+
+async def test_a_pod_that_keeps_what_it_is_refused_is_evicted_where_the_file_says_so(
+    house: House, api: ApiServer
+) -> None:
+    to = {"labels": {"role": "nurse"}}
+    house.save(rules=[{"name": "nurses", "match": {"class": "printer"}, "to": to}])
+    runs_as(api, "desk", "default")
+    desk = pod("desk")
+    async with house.life() as active:
+        await house.kubelet.until(lambda: len(house.kubelet.allocatable(PRINTER)) == 1)
+        house.sandbox(desk)
+        await house.kubelet.admit(desk)
+        for _ in range(3):
+            assert house.value("refused_holding_seconds", resource=PRINTER) == 0
+            with pytest.raises(ContainerNotStarted):
+                await house.kubelet.start_container(desk, "desktop")
+        assert house.value("refused_holding_seconds", resource=PRINTER) > 0
+        await active.binding.refusals.step()
+        assert not api.evicted, "it is reported, no more"
+        house.save(on_refusal="evict")
+        await house.source.reload()
+        await eventually(lambda: api.evicted)
+        assert api.evicted == [("default", "desk", "uid-desk")]
+        await api.until(events=2)
+        house.end(desk)
+        await eventually(lambda: not active.binding.refusals.rows)
+        assert house.value("refused_holding_seconds", resource=PRINTER) == 0
+    assert [e["reason"] for e in api.events.values()] == ["LabelsDoNotMatch", "EvictingRefusedPod"]
+
+
+async def test_a_container_that_runs_without_its_device_is_refused_again_and_again(
+    house: House, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(refusals, "SEEN_AGAIN_S", 0.0)
+    house.save(rules=[{"name": "nurses", "match": {"class": "printer"}, "to": {"labels": {"role": "nurse"}}}])
+    desk = pod("desk")
+    async with house.life() as active:
+        await house.kubelet.until(lambda: len(house.kubelet.allocatable(PRINTER)) == 1)
+        house.sandbox(desk)
+        await house.kubelet.admit(desk)
+        house.kubelet.endpoints[PRINTER].options = None  # a kubelet that was restarted starts containers without asking
+        await house.kubelet.start_container(desk, "desktop")
+        for _ in range(3):
+            await active.comparison.compare()
+        assert active.binding.refusals.rows[0].count >= 3
+        assert house.value("denied_total", reason="labels_do_not_match") == 1
+        assert not active.roster.seats
+
+
+async def test_a_pod_that_is_let_in_is_no_longer_refused(house: House, api: ApiServer) -> None:
+    house.save(
+        on_refusal="evict",
+        rules=[{"name": "p", "match": {"class": "printer"}, "to": {"namespaces": ["elsewhere"]}}],
+    )
+    runs_as(api, "desk", "default")
+    desk = pod("desk")
+    async with house.life() as active:
+        await house.kubelet.until(lambda: len(house.kubelet.allocatable(PRINTER)) == 1)
+        house.sandbox(desk)
+        await house.kubelet.admit(desk)
+        for _ in range(2):
+            with pytest.raises(ContainerNotStarted):
+                await house.kubelet.start_container(desk, "desktop")
+        house.save(rules=[{"name": "p", "match": {"class": "printer"}}])
+        await house.source.reload()
+        await house.kubelet.start_container(desk, "desktop")
+        assert not active.binding.refusals.rows
+        assert house.seat(active, desk).state is SeatState.LIVE
+        await active.binding.refusals.step()
+    assert not api.evicted
+
+
+async def test_the_node_says_that_its_devices_are_offered_over_a_hand_over_too(house: House, api: ApiServer) -> None:
+    node = api.add_node("node-1")
+    node["spec"]["taints"] = [{"key": "opencdi.io/not-ready", "effect": "NoSchedule"}]
+    house.raw["kubernetes"] |= {
+        "startup_taint": "opencdi.io/not-ready:NoSchedule",
+        "ready_label": "opencdi.io/devices=ready",
+    }
+    house.save()
+    async with house.life():
+        await eventually(lambda: node["metadata"]["labels"].get("opencdi.io/devices") == "ready")
+        assert node["spec"]["taints"] == []
+    version = node["metadata"]["resourceVersion"]
+    async with house.life():
+        await house.kubelet.until(lambda: len(house.kubelet.allocatable(PRINTER)) == 1)
+        await eventually(lambda: api.calls.count(("GET", "/api/v1/nodes/node-1")) == 2)
+    assert node["metadata"]["resourceVersion"] == version, "nothing was written"

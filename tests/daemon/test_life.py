@@ -63,8 +63,8 @@ async def test_start_up_never_drops_a_lease_whose_sandbox_lives(house: House) ->
         await house.run(desk)
     await house.kubelet.restart(api_away=True)  # PodResources lists nothing now
     async with house.life() as active:
-        await active.binding.compare()
-        await active.binding.compare()
+        await active.comparison.compare()
+        await active.comparison.compare()
         assert [x.pod.name for x in active.leases.leases if x.pod] == ["desk"]
         await eventually(lambda: house.seat(active, desk).state is SeatState.LIVE)
 

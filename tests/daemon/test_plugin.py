@@ -9,6 +9,7 @@ from typing import Any
 
 import grpc
 import grpc.aio
+import msgspec
 import pytest
 
 from nodeagent import rpc
@@ -68,7 +69,7 @@ def counted(metrics: Metrics, result: str) -> float:
 async def test_options_ask_for_prestart(channel: grpc.aio.Channel) -> None:
     answer = await rpc.unary(channel, METHOD + "GetDevicePluginOptions", pb.DevicePluginOptions)(pb.Empty(), timeout=5)
     assert answer.pre_start_required
-    assert not answer.get_preferred_allocation_available
+    assert answer.get_preferred_allocation_available
 
 
 async def test_allocate_answers_with_what_the_allocator_gives(
@@ -305,3 +306,77 @@ async def test_a_missing_directory_is_told(short_tmp: Path, allocator: FakeAlloc
 
 def test_every_reason_has_a_code() -> None:
     assert set(CODES) == set(Reason)
+
+
+# ---- what is preferred, and when the kubelet has been told
+
+
+def offering(**changes: Any) -> Any:
+    """Printers a to d: b has a sibling, c is held under another name, d is unplugged."""
+    made = resource(a=True, b=True, c=True, d=False)
+    changed = {"printer-b": {"siblings": 1}, "printer-c": {"siblings": 1, "held_as": "opencdi.io/other"}}
+    offers = {i: msgspec.structs.replace(o, **changed.get(i, {})) for i, o in made.offers.items()}
+    return msgspec.structs.replace(made, offers=offers, **changes)
+
+
+@pytest.mark.parametrize(
+    ("available", "must", "size", "expected"),
+    [
+        ("abcd", "", 1, "a"),
+        ("dcba", "", 2, "ab"),
+        ("bcd", "", 1, "b"),
+        ("abcd", "c", 2, "ca"),
+        ("ab", "", 9, "ab"),
+        ("ab", "", 0, ""),
+        ("ab", "", -5, ""),
+        ("za", "", 2, "az"),
+        ("", "", 1, ""),
+    ],
+)
+def test_preferred(available: str, must: str, size: int, expected: str) -> None:
+    def ids(letters: str) -> list[str]:
+        return [f"printer-{x}" for x in letters]
+
+    assert plugin.preferred(offering(), ids(available), ids(must), size) == ids(expected)
+
+
+async def test_the_kubelet_is_answered_what_is_preferred(
+    channel: grpc.aio.Channel, server: PluginServer, allocator: FakeAllocator
+) -> None:
+    server.update(offering())
+    request = pb.PreferredAllocationRequest(
+        container_requests=[
+            pb.ContainerPreferredAllocationRequest(available_deviceIDs=["printer-b", "printer-a"], allocation_size=1)
+        ]
+    )
+    call = rpc.unary(channel, METHOD + "GetPreferredAllocation", pb.PreferredAllocationResponse)
+    answer = await call(request, timeout=5)
+    assert [list(c.deviceIDs) for c in answer.container_responses] == [["printer-a"]]
+    assert allocator.allocated == []
+    assert not (await call(pb.PreferredAllocationRequest(), timeout=5)).container_responses
+
+
+async def test_told_waits_for_every_reader_and_not_for_one_that_does_not_read(
+    channel: grpc.aio.Channel, server: PluginServer
+) -> None:
+    assert await server.told(), "nobody reads: nobody is waited for"
+    one, two = watch(channel), watch(channel)
+    assert told(await one.read()) == told(await two.read())
+    server.update(offering())
+    assert await server.told(5)
+    assert told(await one.read())["printer-c"] == "Unhealthy"
+    assert told(await two.read())["printer-c"] == "Unhealthy"
+    server._sent[object()] = None  # a stream whose flow control has stopped
+    assert not await server.told(0.05)
+    server._sent.popitem()
+    one.cancel()
+    two.cancel()
+
+
+async def test_cdi_names_reach_the_kubelet(channel: grpc.aio.Channel, allocator: FakeAllocator) -> None:
+    async def give(resource: Any, ids: tuple[str, ...]) -> plugin.SlotAnswer:
+        return plugin.SlotAnswer(cdi=tuple(f"{resource.name}={i}" for i in ids))
+
+    allocator.allocate = give  # type: ignore[method-assign]
+    answer = await allocate(channel, "printer-a")
+    assert [d.name for d in answer.cdi_devices] == ["opencdi.io/printer=printer-a"]

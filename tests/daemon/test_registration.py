@@ -131,7 +131,12 @@ async def test_a_pod_lives_through_a_restart_of_the_kubelet(node: Node) -> None:
     await kubelet.until(lambda: bool(kubelet.allocatable(PRINTERS)))
     await kubelet.start_container(alice, "desktop")
     assert kubelet.run_options(alice, "desktop") == answer
-    assert [c.method for c in kubelet.calls] == ["Allocate", "PreStartContainer", "PreStartContainer"]
+    assert [c.method for c in kubelet.calls] == [
+        "GetPreferredAllocation",
+        "Allocate",
+        "PreStartContainer",
+        "PreStartContainer",
+    ]
     with pytest.raises(PodPending, match=r"Insufficient opencdi.io/printer"):
         await kubelet.admit(pod("bob"))
 

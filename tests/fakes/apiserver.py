@@ -1,4 +1,4 @@
-"""A Kubernetes API server as far as Events and pods go: over real HTTP, with the moods of a real one.
+"""A Kubernetes API server as far as Events, pods, evictions and nodes go: over real HTTP, with the moods of a real one.
 
 async with ApiServer() as api: ...      # api.url, api.events, api.pods, api.token
 await api.stop(); await api.start()      # away, and back on the same port
@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import ssl
 from collections import deque
+from collections.abc import Callable
 from types import TracebackType
 from typing import Any, Self
 
@@ -22,6 +23,13 @@ class ApiServer:
         self.events: dict[tuple[str, str], dict[str, Any]] = {}
         """(namespace, name) -> Event, as stored."""
         self.pods: dict[tuple[str, str], dict[str, Any]] = {}
+        self.budgets: set[tuple[str, str]] = set()
+        """Pods that a disruption budget keeps."""
+        self.evicted: list[tuple[str, str, str]] = []
+        """(namespace, name, uid); an evicted pod is gone from `pods` at once."""
+        self.nodes: dict[str, dict[str, Any]] = {}
+        self.rivals: deque[Callable[[dict[str, Any]], None]] = deque()
+        """Somebody else who writes a node, one after each time it is read."""
         self.gone: set[str] = set()
         """Namespaces that do not exist."""
         self.token = ""
@@ -73,6 +81,9 @@ class ApiServer:
         application.router.add_post("/api/v1/namespaces/{namespace}/events", self._create)
         application.router.add_patch("/api/v1/namespaces/{namespace}/events/{name}", self._patch)
         application.router.add_get("/api/v1/namespaces/{namespace}/pods/{name}", self._pod)
+        application.router.add_post("/api/v1/namespaces/{namespace}/pods/{name}/eviction", self._evict)
+        application.router.add_get("/api/v1/nodes/{name}", self._node)
+        application.router.add_patch("/api/v1/nodes/{name}", self._patch_node)
         self._runner = web.AppRunner(application, handle_signals=False, access_log=None, shutdown_timeout=0.1)
         await self._runner.setup()
         site = web.TCPSite(self._runner, "127.0.0.1", self._port, ssl_context=self._context)
@@ -139,6 +150,69 @@ class ApiServer:
     async def _pod(self, request: web.Request) -> web.Response:
         pod = self.pods.get((request.match_info["namespace"], request.match_info["name"]))
         return web.json_response(pod) if pod else _status(404, "NotFound")
+
+    async def _evict(self, request: web.Request) -> web.Response:
+        """As pkg/registry/core/pod/storage/eviction.go answers."""
+        key = request.match_info["namespace"], request.match_info["name"]
+        eviction = await request.json()
+        if (eviction["apiVersion"], eviction["kind"]) != ("policy/v1", "Eviction") or (
+            (eviction["metadata"]["namespace"], eviction["metadata"]["name"]) != key
+        ):
+            return _status(400, "BadRequest")
+        if key not in self.pods:
+            return _status(404, "NotFound")
+        uid = self.pods[key]["metadata"]["uid"]
+        if eviction.get("deleteOptions", {}).get("preconditions", {}).get("uid", uid) != uid:
+            return _status(409, "Conflict")
+        if key in self.budgets:
+            return _status(429, "TooManyRequests", "DisruptionBudget")
+        del self.pods[key]
+        self.evicted.append((*key, uid))
+        return web.json_response({"kind": "Status", "status": "Success"}, status=201)
+
+    def add_node(self, name: str, **labels: str) -> dict[str, Any]:
+        """A node as the API server shows it, without the parts that nobody here reads."""
+        node = {"kind": "Node", "metadata": {"name": name, "resourceVersion": "1", "labels": labels}, "spec": {}}
+        self.nodes[name] = node
+        return node
+
+    async def _node(self, request: web.Request) -> web.Response:
+        node = self.nodes.get(request.match_info["name"])
+        if node is None:
+            return _status(404, "NotFound")
+        answer = web.json_response(node)
+        if self.rivals:
+            self.rivals.popleft()(node)
+            _written(node)
+        return answer
+
+    async def _patch_node(self, request: web.Request) -> web.Response:
+        node = self.nodes.get(request.match_info["name"])
+        if request.content_type != "application/merge-patch+json":
+            return _status(415, "UnsupportedMediaType")
+        if node is None:
+            return _status(404, "NotFound")
+        change = await request.json()
+        if change.get("metadata", {}).get("resourceVersion", "") not in ("", node["metadata"]["resourceVersion"]):
+            return _status(409, "Conflict")
+        _merge(node, change)
+        _written(node)
+        return web.json_response(node)
+
+
+def _written(node: dict[str, Any]) -> None:
+    node["metadata"]["resourceVersion"] = str(int(node["metadata"]["resourceVersion"]) + 1)
+
+
+def _merge(target: dict[str, Any], change: dict[str, Any]) -> None:
+    """A JSON merge patch (RFC 7386): null removes, lists are replaced."""
+    for key, value in change.items():
+        if value is None:
+            target.pop(key, None)
+        elif isinstance(value, dict):
+            _merge(target.setdefault(key, {}), value)
+        else:
+            target[key] = value
 
 
 def _status(code: int, reason: str, *causes: str) -> web.Response:

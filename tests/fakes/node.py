@@ -28,6 +28,8 @@ class Node:
         self.allocator = FakeAllocator()
         self.stack = contextlib.AsyncExitStack()
         self.kubelet = StandInKubelet(self.directory, self.pod_resources)
+        self.registrar: Registrar
+        """For tests that keep theirs here."""
 
     async def start_kubelet(self) -> StandInKubelet:
         return await self.stack.enter_async_context(self.kubelet)

@@ -19,9 +19,8 @@ from pathlib import Path
 import pytest
 
 from nodeagent.demo.kubelet import StandInKubelet
-from nodeagent.demo.pods import ContainerSpec, PodSpec
+from nodeagent.demo.pods import ContainerSpec, PodSpec, RunOptions
 from nodeagent.demo.runtime import StandInRuntime
-from nodeagent.devices.plugin import MountSpec
 
 pytestmark = pytest.mark.root
 
@@ -85,10 +84,8 @@ class Node:
             assert asyncio.get_running_loop().time() - began < limit_s, self.log()
         return accepted
 
-    async def _start(
-        self, pod: PodSpec, container: ContainerSpec, env: dict[str, str], mounts: tuple[MountSpec, ...], nodes: object
-    ) -> None:
-        self.container = await self.runtime.start_container(pod, container, env, mounts)
+    async def _start(self, pod: PodSpec, container: ContainerSpec, options: RunOptions) -> None:
+        self.container = await self.runtime.start_container(pod, container, options.env, options.mounts)
 
 
 @pytest.fixture

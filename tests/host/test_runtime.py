@@ -178,7 +178,7 @@ async def test_cri_as_the_daemon_reads_it(runtime: StandInRuntime, pod: PodSpec)
         assert (seen_box.id, seen_box.sandbox_id, seen_box.name) == (started, sandbox, "desktop")
         assert seen_box.mounts["/run/a"] == "/etc/apt"
         assert started in Path(f"/proc/{seen_box.pid}/cgroup").read_text()
-        kind = sandboxes.kind_of(seen.handler, {})
+        kind = sandboxes.kind_of(seen, {})
         root = await asyncio.to_thread(sandboxes.mounted, HostRoot("/"), kind, seen_box, "/run/a")
         assert root is not None
         assert root.endswith("/etc/apt")

@@ -42,11 +42,11 @@ def readable(hotplug: udev.Hotplug, timeout_s: float = 5) -> bool:
 def test_an_event_is_heard_and_told_from_others(hotplug: udev.UdevHotplug) -> None:
     NULL.write_text("change")
     assert readable(hotplug)
-    assert hotplug.relevant()
+    assert hotplug.take().usb
     other = udev.UdevHotplug()
     NULL.write_text("change")
     assert readable(other)
-    assert not other.relevant()
+    assert not other.take().usb
     other.close()
 
 
@@ -54,7 +54,7 @@ def test_discard_leaves_nothing(hotplug: udev.UdevHotplug) -> None:
     for _ in range(200):
         NULL.write_text("change")
     hotplug.discard()
-    assert not hotplug.relevant()
+    assert not hotplug.take().usb
 
 
 def test_lost_events_are_an_event_and_it_goes_on(hotplug: udev.UdevHotplug) -> None:
@@ -64,12 +64,12 @@ def test_lost_events_are_an_event_and_it_goes_on(hotplug: udev.UdevHotplug) -> N
     for _ in range(200):
         NULL.write_text("change")
     assert readable(hotplug)
-    assert hotplug.relevant()
+    assert hotplug.take().usb
     hotplug.discard()
-    assert not hotplug.relevant()
+    assert not hotplug.take().usb
     NULL.write_text("change")
     assert readable(hotplug)
-    assert hotplug.relevant()
+    assert hotplug.take().usb
 
 
 async def test_the_inventory_looks_when_the_kernel_speaks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -77,9 +77,9 @@ async def test_the_inventory_looks_when_the_kernel_speaks(tmp_path: Path, monkey
     loop = asyncio.get_running_loop()
     read = Inventory._read
 
-    def noting(self: Inventory, known: object) -> object:
+    def noting(self: Inventory, known: object, touched: object) -> object:
         loop.call_soon_threadsafe(looked.set)
-        return read(self, known)  # type: ignore[arg-type]
+        return read(self, known, touched)  # type: ignore[arg-type]
 
     def opened(_: HostRoot) -> udev.Hotplug:
         return udev.UdevHotplug(re.compile("/mem/null"))

@@ -75,4 +75,7 @@ def test_only_a_named_account_needs_the_api_server() -> None:
      ("special", "kubevirt")],
 )  # fmt: skip
 def test_kind_of_a_handler(handler: str, kind: str) -> None:
-    assert kind_of(handler, {"special": "kubevirt"}) == kind
+    assert (
+        kind_of(Sandbox(id="s", pod=PodRef("a", "b", "c"), ready=True, handler=handler), {"special": "kubevirt"})
+        == kind
+    )

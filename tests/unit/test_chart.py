@@ -15,7 +15,9 @@ import pytest
 import yaml
 
 from charts.schema import TARGET, schema
-from nodeagent.config import parse
+from nodeagent.config import DevicesConfig, Match, Rule, parse
+from nodeagent.model import Audience
+from nodeagent.seats.policy import policy
 
 CHART = Path(__file__).parents[2] / "charts" / "nodeagent"
 VALUES: dict[str, Any] = yaml.safe_load((CHART / "values.yaml").read_text())
@@ -23,7 +25,8 @@ RELEASE = {"Name": "desk", "Namespace": "agents"}
 
 
 def render(template: str, values: dict[str, Any]) -> str:
-    """Go templates as far as ours go: values, `quote`, `toYaml`, `nindent`, and `range` over a list or (key, value)."""
+    """Go templates as far as ours go: values, `quote`, `toYaml`, `nindent`, `range` over a list or (key, value), and `if` with
+    a path, `or` of paths, or `eq (path | default "a") "b"`."""
     top = {"Values": values, "Release": RELEASE, "Chart": {"AppVersion": "0.1.0"}}
     template = re.sub(r"\s*\{\{-", "{{", template)
     tokens = re.split(r"\{\{\s*(.*?)\s*\}\}", template)
@@ -36,6 +39,11 @@ def _block(tokens: Iterator[str], scope: dict[str, Any]) -> Iterator[str]:
         action = next(tokens, "end")
         if action == "end":
             return
+        if action.startswith("if "):
+            inside = list(_capture(tokens))
+            if _holds(action.removeprefix("if "), scope):
+                yield from _block(iter(inside), scope)
+            continue
         if not action.startswith("range "):
             yield _value(action, scope)
             continue
@@ -50,13 +58,26 @@ def _block(tokens: Iterator[str], scope: dict[str, Any]) -> Iterator[str]:
 
 
 def _capture(tokens: Iterator[str]) -> Iterator[str]:
-    """The tokens up to the `end` that belongs to this range, with it."""
+    """The tokens up to the `end` that belongs to this range or condition, with it."""
     depth = 1
     while depth:
         yield next(tokens)
         action = next(tokens)
-        depth += action.startswith("range ") - (action == "end")
+        depth += action.startswith(("range ", "if ")) - (action == "end")
         yield action
+
+
+def _holds(condition: str, scope: dict[str, Any]) -> bool:
+    if equal := re.fullmatch(r'eq \((\S+) \| default "(.*?)"\) "(.*?)"', condition):
+        path, default, wanted = equal.groups()
+        return (_optional(path, scope) or default) == wanted
+    return any(_optional(path, scope) for path in condition.removeprefix("or ").split())
+
+
+def _optional(path: str, scope: dict[str, Any]) -> Any:
+    """As Go: a key that its map does not have is nothing, but a map that is not there is an error."""
+    above, _, name = path.rpartition(".")
+    return _look_up(above, scope).get(name)
 
 
 def _value(action: str, scope: dict[str, Any]) -> str:
@@ -151,6 +172,37 @@ def test_node_selector_of_the_user_is_added() -> None:
     values = {**VALUES, "architectures": VALUES["architectures"][:1], "nodeSelector": {"desktops": "yes"}}
     selector = only("DaemonSet", values)["spec"]["template"]["spec"]["nodeSelector"]
     assert selector == {"kubernetes.io/arch": "amd64", "desktops": "yes"}
+
+
+def granted(config: dict[str, Any]) -> dict[str, list[str]]:
+    """Resource -> verbs of the daemon's role."""
+    role = only("ClusterRole", {**VALUES, "config": {**VALUES["config"], **config}})
+    return {resource: rule["verbs"] for rule in role["rules"] for resource in rule["resources"]}
+
+
+@pytest.mark.parametrize(
+    ("config", "more"),
+    [
+        ({}, {}),
+        ({"devices": {"on_refusal": "report"}, "kubernetes": {"startup_taint": "", "ready_label": ""}}, {}),
+        ({"devices": {"on_refusal": "evict"}}, {"pods/eviction": ["create"]}),
+        ({"kubernetes": {"startup_taint": "opencdi.io/not-ready:NoSchedule"}}, {"nodes": ["get", "patch"]}),
+        ({"kubernetes": {"startup_taint": "", "ready_label": "opencdi.io/devices=ready"}}, {"nodes": ["get", "patch"]}),
+    ],
+)
+def test_the_role_grants_no_more_than_the_configuration_needs(
+    config: dict[str, Any], more: dict[str, list[str]]
+) -> None:
+    assert granted(config) == {"events": ["create", "patch"], "pods": ["get"], **more}
+
+
+def test_the_admission_policy_is_shipped_as_it_is_given() -> None:
+    rule = Rule(name="it's", match=Match(class_="printer"), to=Audience(namespaces=("{{ x }}", "desk-*")))
+    made = policy(DevicesConfig(rules=(rule,)))
+    manifest = yaml.safe_dump_all(json.loads(json.dumps(made)))
+    values = {**VALUES, "admissionPolicy": {"manifest": manifest}}
+    assert [o for o in objects(values) if "AdmissionPolicy" in o["kind"]] == list(made)
+    assert not [o for o in objects() if "AdmissionPolicy" in o["kind"]]
 
 
 def test_schema_is_up_to_date() -> None:

@@ -182,7 +182,7 @@ def test_check_explains_which_rule_takes_a_device(config: Path) -> None:
     done = nodeagent_("config", "check", config)
     assert done.returncode == cli.FINE, done.stderr
     assert "(simulated)" in done.stdout
-    assert "keys: class differs" in done.stdout
+    assert "keys: class is printer, not ukey" in done.stdout
     assert "printers: takes it: opencdi.io/printer" in done.stdout
     assert done.stdout.rstrip().endswith(f"{config} is fine")
     explained = json.loads(nodeagent_("config", "check", config, "-o", "json").stdout)

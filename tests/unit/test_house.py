@@ -48,7 +48,7 @@ TOP = {
 
 # Higher numbers may import lower ones and their own; a room is a package or a module below nodeagent.
 LAYERS = (
-    {"model", "errors", "config", "documents", "device_plugins", "nodeagent"},
+    {"model", "errors", "config", "usbguard", "documents", "marks", "device_plugins", "nodeagent"},
     {"wire", "host", "metrics", "rpc", "logs"},
     {"services", "transports", "sandboxes"},
     {"devices", "seats", "report", "web"},
@@ -63,7 +63,10 @@ NEVER = {
     "devices": {"watch"},
     "watch": {"devices"},
 }
-PURE = ("nodeagent/wire", "nodeagent/model.py", "nodeagent/devices/resources.py", "device_plugins")
+PURE = (
+    "nodeagent/wire", "nodeagent/model.py", "nodeagent/usbguard.py", "nodeagent/devices/resources.py",
+    "nodeagent/devices/matching.py", "nodeagent/devices/exclusive.py", "device_plugins",
+)  # fmt: skip
 OUTSIDE_WORLD = {"os", "socket", "asyncio", "time", "subprocess", "threading", "select", "pathlib", "shutil", "sqlite3"}
 BAD_NAMES = re.compile(r"(manager|handler|helper|utils?|info)s?$", re.IGNORECASE)
 

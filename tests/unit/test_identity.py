@@ -5,13 +5,16 @@ import stat
 import threading
 from pathlib import Path
 
+import msgspec
 import pytest
 
 from nodeagent.devices import identity
+from nodeagent.devices.matching import Kind
 from nodeagent.errors import AgentError, Reason
-from nodeagent.model import DeviceClass, UsbDevice
+from nodeagent.model import DeviceClass, Interface, Part, UsbDevice
 
 KEY = bytes(range(32))
+KIND = Kind(Part(DeviceClass.PRINTER, ()), DeviceClass.PRINTER)
 
 
 def usb(port: str = "1-4", serial: str = "CNM1K12345") -> UsbDevice:
@@ -53,14 +56,57 @@ def test_a_serial_is_not_a_port() -> None:
 
 
 def test_twins_are_known_by_port_and_the_id_returns_with_the_last_of_them() -> None:
-    printer = DeviceClass.PRINTER
-    alone = identity.identify(KEY, [(printer, usb())])
+    alone = identity.identify(KEY, [(KIND, usb())])
     assert list(alone) == [f"printer-{BY_SERIAL}"]
-    both = identity.identify(KEY, [(printer, usb()), (printer, usb(port="1-5"))])
+    both = identity.identify(KEY, [(KIND, usb()), (KIND, usb(port="1-5"))])
     assert len(both) == 2
     assert f"printer-{BY_SERIAL}" not in both
     assert both[f"printer-{BY_PORT}"].usb.port == "1-4"
     assert identity.twins(d.usb for d in both.values()) == {("1-4", "1-5")}
+
+
+def test_a_known_twin_is_known_by_port_also_when_it_is_alone() -> None:
+    marks = {identity.twin_mark(KEY, usb())}
+    assert list(identity.identify(KEY, [(KIND, usb())], marks)) == [f"printer-{BY_PORT}"]
+    assert list(identity.identify(KEY, [(KIND, usb(serial="other"))], marks)) != [f"printer-{BY_PORT}"]
+
+
+def test_one_that_is_held_since_before_keeps_its_id_at_its_port() -> None:
+    anchors = {f"printer-{BY_SERIAL}": "1-4"}
+    both = [(KIND, usb()), (KIND, usb(port="1-5"))]
+    found = identity.identify(KEY, both, {identity.twin_mark(KEY, usb())}, anchors)
+    assert found[f"printer-{BY_SERIAL}"].usb.port == "1-4"
+    assert len(found) == 2
+    moved = identity.identify(KEY, both[1:], {identity.twin_mark(KEY, usb())}, anchors)
+    assert f"printer-{BY_SERIAL}" not in moved, "at another port it may be the other one"
+
+
+def test_parts_of_one_device_have_ids_of_their_own() -> None:
+    parts = [
+        Kind(Part(DeviceClass.PRINTER, (0,)), DeviceClass.PRINTER),
+        Kind(Part(DeviceClass.STORAGE, (1,)), DeviceClass.STORAGE),
+    ]
+    device = msgspec.structs.replace(usb(), interfaces=(Interface(0, 7, 1, 2), Interface(1, 8, 6, 80)))
+    found = identity.identify(KEY, [(kind, device) for kind in parts])
+    assert {(d.id, d.interfaces) for d in found.values()} == {
+        (f"printer-{BY_SERIAL}", (0,)),
+        (f"storage-{BY_SERIAL}", (1,)),
+    }
+
+
+def test_the_memory_of_twins_survives_and_damage_does_not_matter(tmp_path: Path) -> None:
+    memory = identity.TwinMemory(tmp_path)
+    memory.load()
+    assert (memory.marks, memory.anchors) == (frozenset(), {})
+    memory.marks, memory.anchors = frozenset({"ab"}), {"printer-x": "1-4"}
+    memory.save()
+    again = identity.TwinMemory(tmp_path)
+    again.load()
+    assert (again.marks, again.anchors) == (frozenset({"ab"}), {"printer-x": "1-4"})
+    (tmp_path / "twins.json").write_bytes(b"{")
+    damaged = identity.TwinMemory(tmp_path)
+    damaged.load()
+    assert damaged.marks == frozenset()
 
 
 def test_devices_without_a_serial_are_no_twins() -> None:

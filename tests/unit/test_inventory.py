@@ -13,14 +13,16 @@ import pytest
 
 from nodeagent.config import DevicesConfig, SimulatedDevice
 from nodeagent.devices import sysfs
-from nodeagent.devices.inventory import Inventory, Schedule
+from nodeagent.devices.identity import TwinMemory
+from nodeagent.devices.inventory import TURNS_A_LOOK, Inventory, Schedule
+from nodeagent.devices.udev import Heard
 from nodeagent.host import HostRoot
-from nodeagent.model import Health, InventoryChange
+from nodeagent.model import InventoryChange
 from tests import machines
 
 KEY = bytes(range(32))
 PRINTER = "/sys/devices/pci0000:00/0000:00:14.0/usb1/1-4"
-PRINTER_ID = "printer-iugokpcnfnetx2rko5zs"  # see test_identity.py
+PRINTER_ID = "printer-kjoab3fn3tuxnkypi4q4"  # test_identity.py says how; of SERIAL-1
 P1 = SimulatedDevice(model="printer", serial="P1")
 P2 = SimulatedDevice(model="printer", serial="P2")
 
@@ -33,6 +35,8 @@ class Doorbell:
         self._inner.setblocking(False)
         self._outer.setblocking(False)
         self.wakes = 0
+        self.ports = frozenset[str]()
+        """Which ports the events name."""
 
     def ring(self, times: int = 1, kind: bytes = b"+") -> None:
         for _ in range(times):
@@ -49,9 +53,14 @@ class Doorbell:
     def fileno(self) -> int:
         return self._inner.fileno()
 
-    def relevant(self) -> bool:
+    def take(self) -> Heard:
+        """One event a turn."""
         self.wakes += 1
-        return self._inner.recv(1) == b"+"
+        try:
+            kind = self._inner.recv(1)
+        except BlockingIOError:
+            return Heard()
+        return Heard(kind != b"-", self.ports, lost=kind == b"!", more=True)
 
     def discard(self) -> None:
         try:
@@ -85,11 +94,14 @@ async def watching(
     config: DevicesConfig,
     doorbell: Doorbell | None = None,
     held: Callable[[str], bool] = lambda _: False,
+    state_dir: Path | None = None,
 ) -> AsyncIterator[tuple[Inventory, Ear]]:
     ear = Ear()
-    inventory = Inventory(host, config, KEY, held=held, open_hotplug=lambda _: doorbell)
+    memory = None if state_dir is None else TwinMemory(state_dir)
+    inventory = Inventory(host, config, KEY, memory, open_hotplug=lambda _: doorbell)
     inventory.subscribe(ear)
     async with inventory:
+        await inventory.own(held)
         running = asyncio.create_task(inventory.run())
         try:
             yield inventory, ear
@@ -160,9 +172,10 @@ async def test_a_storm_of_events_is_one_look(tmp_path: Path, monkeypatch: pytest
         assert change.event_s is not None
         assert 0 <= change.event_s - started < 0.05
         assert looks == 1
-        assert doorbell.wakes == 1, "the rest of the storm stays in the socket"
+        turns = 1 + TURNS_A_LOOK
+        assert doorbell.wakes == turns, "the rest of the storm stays in the socket"
         doorbell.ring(1, b"-")
-        await doorbell.woken(2)
+        await doorbell.woken(turns + 1)
         assert asyncio.get_running_loop().time() + 100 < inventory._schedule.due, "and it was thrown away"
         assert list(inventory.devices) == [PRINTER_ID]
 
@@ -176,6 +189,37 @@ async def test_other_buses_do_not_cause_a_look(tmp_path: Path) -> None:
         assert ear.heard.empty()
         doorbell.ring()
         assert (await ear.next()).appeared
+
+
+async def test_events_that_name_a_port_cost_a_look_at_that_port(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    doorbell = Doorbell()
+    read: list[list[str]] = []
+    read_devices = sysfs.read_devices
+
+    def noting(host: HostRoot, paths: list[str], known: Any) -> Any:
+        read.append([path.rpartition("/")[2] for path in paths])
+        return read_devices(host, paths, known)
+
+    machines.machine(tmp_path, "yubikey")
+    async with watching(HostRoot(tmp_path), DevicesConfig(debounce=0.01), doorbell) as (inventory, ear):
+        await ear.next()
+        monkeypatch.setattr(sysfs, "read_devices", noting)
+        plug(tmp_path)
+        doorbell.ports = frozenset({"1-4"})
+        doorbell.ring()
+        assert [d.id for d in (await ear.next()).appeared] == [PRINTER_ID]
+        assert "1-3" not in read[0], "the key was not touched"
+        unplug(tmp_path)
+        doorbell.ring()
+        assert [d.id for d in (await ear.next()).vanished] == [PRINTER_ID]
+        assert len(inventory.devices) == 1
+        read.clear()
+        machines.machine(tmp_path, "laserjet")
+        doorbell.ring(1, b"!")
+        assert (await ear.next()).appeared
+        assert "1-3" in read[0], "events were lost: everything is looked at"
 
 
 async def test_without_events_the_periodic_look_finds_it(tmp_path: Path) -> None:
@@ -229,7 +273,7 @@ async def test_a_held_device_stays_until_nobody_holds_it(tmp_path: Path) -> None
         await inventory.rescan()
         change = await ear.next()
         assert [d.id for d in change.vanished] == [PRINTER_ID]
-        assert inventory.devices[PRINTER_ID].health is Health.UNHEALTHY
+        assert not inventory.devices[PRINTER_ID].present
         await inventory.rescan()
         inventory.settle()
         assert ear.heard.empty()
@@ -237,7 +281,7 @@ async def test_a_held_device_stays_until_nobody_holds_it(tmp_path: Path) -> None
         plug(tmp_path)
         await inventory.rescan()
         change = await ear.next()
-        assert [(d.id, d.health) for d in change.appeared] == [(PRINTER_ID, Health.HEALTHY)]
+        assert [(d.id, d.present) for d in change.appeared] == [(PRINTER_ID, True)]
 
         unplug(tmp_path)
         await inventory.rescan()
@@ -262,22 +306,54 @@ async def test_replug_elsewhere_is_the_same_device(tmp_path: Path) -> None:
         assert (change.appeared, change.vanished) == ((), ())
 
 
+def twin(port: str) -> machines.Tree:
+    """The laser printer once more, with the same serial number."""
+    return {d.replace("1-4", port): dict(f) for d, f in machines.tree("laserjet").items() if "1-4" in d}
+
+
+async def test_a_twin_does_not_take_a_held_device_away(tmp_path: Path) -> None:
+    """A stranger who plugs in a device with the same serial number must not end a seat, nor get its id."""
+    plug(tmp_path)
+    state = tmp_path / "state"
+    state.mkdir()
+    held = {PRINTER_ID}
+    async with watching(HostRoot(tmp_path), DevicesConfig(), held=held.__contains__, state_dir=state) as (inventory, _):
+        machines.materialise(tmp_path, twin("1-7"))
+        await inventory.rescan()
+        assert inventory.devices[PRINTER_ID].usb.port == "1-4"
+        assert len(inventory.devices) == 2
+        unplug(tmp_path)
+        await inventory.rescan()
+        assert not inventory.devices[PRINTER_ID].present, "the twin at the other port is not taken for it"
+        plug(tmp_path)
+        await inventory.rescan()
+        assert inventory.devices[PRINTER_ID].present
+    async with watching(HostRoot(tmp_path), DevicesConfig(), held=held.__contains__, state_dir=state) as (inventory, _):
+        assert inventory.devices[PRINTER_ID].usb.port == "1-4", "a restart remembers"
+        held.clear()
+        await inventory.rescan()
+        assert PRINTER_ID not in inventory.devices, "let go of, both are known by their ports"
+        shutil.rmtree(tmp_path / PRINTER.replace("1-4", "1-7").lstrip("/"))
+        await inventory.rescan()
+        assert PRINTER_ID not in inventory.devices, "and stay so when one of them leaves"
+        assert "SERIAL-1" not in (state / "twins.json").read_text()
+
+
 async def test_a_twin_takes_the_serial_from_both(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     plug(tmp_path)
-    async with watching(HostRoot(tmp_path), DevicesConfig(), held={PRINTER_ID}.__contains__) as (inventory, ear):
+    async with watching(HostRoot(tmp_path), DevicesConfig()) as (inventory, ear):
         await ear.next()
-        twin = {d.replace("1-4", "1-7"): dict(f) for d, f in machines.tree("laserjet").items() if "1-4" in d}
-        machines.materialise(tmp_path, twin)
+        machines.materialise(tmp_path, twin("1-7"))
         await inventory.rescan()
         change = await ear.next()
         assert [d.id for d in change.vanished] == [PRINTER_ID]
         assert sorted(d.usb.port for d in change.appeared) == ["1-4", "1-7"]
-        assert not inventory.devices[PRINTER_ID].present, "who holds it cannot be given either of them"
+        assert inventory.twins == {("1-4", "1-7")}
         await inventory.rescan()
         warnings = [r.getMessage() for r in caplog.records if "same serial" in r.getMessage()]
         assert len(warnings) == 1
         assert "1-4, 1-7" in warnings[0]
-        assert "CNM1K12345" not in caplog.text
+        assert "SERIAL-1" not in caplog.text
 
 
 async def test_simulated_devices_come_by_the_same_door(tmp_path: Path) -> None:

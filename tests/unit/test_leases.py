@@ -277,7 +277,7 @@ async def test_a_newer_database_is_refused_and_left_alone(tmp_path: Path) -> Non
     newer.close()
     before = path.read_bytes()
     with pytest.raises(
-        AgentError, match=r"has format 2, this version of nodeagent knows 1 .*run the newer version"
+        AgentError, match=r"has format 3, this version of nodeagent knows 2 .*run the newer version"
     ) as refused:
         async with Leases(path, SEATS):
             pass
@@ -356,3 +356,67 @@ async def test_kill_9_at_any_point_loses_nothing_that_was_answered(tmp_path: Pat
                     assert held[0].pod is not None
             assert len({x.generation for x in leases.leases}) == len(leases.leases) // 2
     assert len(newest) == 3
+
+
+# ---- clean-ups
+
+
+def due(leases: Leases) -> list[tuple[str, int, str, str]]:
+    return [(x.device_id, x.generation, x.resource, x.pod_uid) for x in leases.clean_ups]
+
+
+async def test_the_end_of_a_lease_that_a_container_had_leaves_one_clean_up(leases: Leases) -> None:
+    (first,) = await leases.allocate(PRINTER, ["a"], "slot-a", 1.0)
+    await leases.bind("slot-a", ALICE, "desktop", "sandbox-1")
+    await leases.allocate(PRINTER, ["a"], "slot-a", 2.0)
+    assert due(leases) == [("a", first.generation, PRINTER, ALICE.uid)], "the next Allocate ends it as well"
+    (third,) = await leases.bind("slot-a", BOB, "desktop", "sandbox-2")
+    await leases.release("slot-a")
+    assert due(leases)[1:] == [("a", third.generation, PRINTER, BOB.uid)]
+    await leases.cleaned(leases.clean_ups[:1])
+    assert [x.pod_uid for x in leases.clean_ups] == [BOB.uid]
+
+
+async def test_what_nobody_had_leaves_none(leases: Leases) -> None:
+    await leases.allocate(PRINTER, ["a", "b"], "slot-a", 1.0)
+    await leases.release("slot-a")
+    await leases.allocate(PRINTER, ["a"], "slot-a", 2.0)
+    await leases.bind("slot-a", ALICE, "", "sandbox-1")  # a refused pod
+    await leases.release("slot-a")
+    assert due(leases) == []
+
+
+async def test_clean_ups_are_there_after_a_restart(tmp_path: Path) -> None:
+    async with Leases(tmp_path / "state.db", SEATS) as leases:
+        await leases.allocate(PRINTER, ["a", "b"], "slot-a", 1.0)
+        await leases.bind("slot-a", ALICE, "desktop", "sandbox-1")
+        await leases.release_devices(["a"])
+        before = leases.clean_ups
+    async with Leases(tmp_path / "state.db", SEATS) as leases:
+        assert leases.clean_ups == before
+        assert [x.device_id for x in before] == ["a"]
+
+
+async def test_a_database_of_the_first_format_becomes_one_of_this(tmp_path: Path) -> None:
+    path = tmp_path / "state.db"
+    await filled(path)
+    with sqlite3.connect(path) as old:
+        old.execute("DROP TABLE clean_ups")
+        old.execute("PRAGMA user_version = 1")
+    old.close()
+    async with Leases(path, SEATS) as leases:
+        assert leases.leases
+        assert not leases.recovered
+        await leases.release(leases.leases[0].slot)
+    async with Leases(path, SEATS) as leases:
+        assert not leases.recovered
+
+
+async def test_a_format_that_never_was_is_kept_aside(tmp_path: Path) -> None:
+    path = tmp_path / "state.db"
+    await filled(path)
+    with sqlite3.connect(path) as old:
+        old.execute("PRAGMA user_version = 0")
+    old.close()
+    async with Leases(path, SEATS) as leases:
+        assert leases.recovered

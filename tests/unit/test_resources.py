@@ -3,7 +3,7 @@
 import pytest
 
 from nodeagent.config import DevicesConfig, parse
-from nodeagent.devices.resources import Resources, Verdict, build, explain
+from nodeagent.devices.resources import Resources, build, explain
 from nodeagent.errors import Reason
 from nodeagent.model import Audience, Device, DeviceClass, DeviceNode, Health, Interface, UsbDevice
 
@@ -70,7 +70,10 @@ def test_no_rules_no_offers() -> None:
 )
 def test_match(match: str, differs: tuple[str, ...]) -> None:
     config = rules(f"- {{name: r, match: {match}, resource: printer}}")
-    assert explain(printer(), config) == (Verdict("r", not differs, not differs, differs),)
+    (verdict,) = explain(printer(), config)
+    assert (verdict.matched, verdict.takes) == (not differs, not differs)
+    assert tuple(why.partition(" ")[0] for why in verdict.differs) == differs
+    assert "SERIAL1" not in "".join(verdict.differs), "a serial number is never shown"
     assert bool(offered(config, printer()).unoffered) == bool(differs)
 
 
@@ -130,7 +133,8 @@ def test_two_audiences_never_meet_in_one_resource() -> None:
 def test_an_unplugged_device_stays_in_its_resource() -> None:
     gone = Device(id=printer().id, cls=DeviceClass.PRINTER, usb=printer().usb, present=False)
     offers = offered(rules(PRINTERS), gone).resources["opencdi.io/printer"].offers
-    assert offers[gone.id].device.health is Health.UNHEALTHY
+    assert offers[gone.id].health is Health.UNHEALTHY
+    assert offers[gone.id].ailment == Reason.DEVICE_UNPLUGGED
 
 
 @pytest.mark.parametrize(

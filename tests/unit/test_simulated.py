@@ -13,7 +13,7 @@ from nodeagent.devices.simulated import MODELS, VENDOR, usb_device
 )
 def test_class(model: str, cls: str) -> None:
     usb = usb_device(SimulatedDevice(model=model, serial="S1"))  # type: ignore[arg-type]
-    assert device_plugins.classify(usb) == cls
+    assert [part.cls for part in device_plugins.classify(usb)] == [cls]
     assert (usb.port, usb.serial, usb.simulated, usb.vendor) == ("sim-S1", "S1", True, VENDOR)
     assert usb.name.startswith("Simulated ")
     assert usb.nodes == ()

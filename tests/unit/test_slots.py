@@ -74,7 +74,9 @@ def test_the_document_is_for_everybody_and_keeps_the_serial(slots: Slots) -> Non
     assert stat.S_IMODE(path.stat().st_mode) == 0o444
     read = json.loads(path.read_text())
     assert read["schema"] == "nodeagent.slot/v1"
-    assert read["devices"] == [{"id": ID, "class": "printer", "name": "Laser", "simulated": True}]
+    assert read["devices"] == [
+        {"id": ID, "class": "printer", "name": "Laser", "simulated": True, "health": "Healthy", "reason": ""}
+    ]
     assert read["services"] == {"ipp": "/run/opencdi/printer/ipp.sock"}
     assert "SECRET" not in path.read_text()
     again = slots.read("x")

@@ -1,7 +1,11 @@
 """Reading devices from sysfs trees: whole, hostile, and while they vanish."""
 
+import builtins
 import os
+import shutil
+import threading
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -37,12 +41,14 @@ def test_a_whole_device(tmp_path: Path) -> None:
                 Interface(1, 0x03, 0x00, 0x00, (0xF1D0_0001,)),
                 Interface(2, 0x0B, 0x00, 0x00),
             ),
+            interface_types=("03:01:01", "03:00:00", "0b:00:00"),
             nodes=(
                 DeviceNode("/dev/bus/usb/001/009", "usb", 189, 8, -1),
-                DeviceNode("/dev/hidraw2", "hidraw", 243, 2, 0),
-                DeviceNode("/dev/input/event7", "input", 13, 71, 0),
-                DeviceNode("/dev/hidraw3", "hidraw", 243, 3, 1),
+                DeviceNode("/dev/hidraw0", "hidraw", 243, 0, 0),
+                DeviceNode("/dev/input/event3", "input", 13, 67, 0),
+                DeviceNode("/dev/hidraw1", "hidraw", 243, 1, 1),
             ),
+            connect_type="hotplug",
             sysfs="/" + YUBIKEY,
         ),
     )
@@ -51,7 +57,7 @@ def test_a_whole_device(tmp_path: Path) -> None:
 def test_hubs_are_not_devices_and_a_device_has_only_its_own_nodes(tmp_path: Path) -> None:
     found = read(machines.machine(tmp_path, "desk-hub"))
     assert [u.port for u in found] == ["1-1.1", "1-1.2", "1-1.4"]
-    assert {n.path for n in found[2].nodes} == {"/dev/bus/usb/001/006", "/dev/hidraw6"}
+    assert {n.path for n in found[2].nodes} == {"/dev/bus/usb/001/006", "/dev/hidraw3"}
 
 
 def test_printer_id_and_partition(tmp_path: Path) -> None:
@@ -59,6 +65,63 @@ def test_printer_id_and_partition(tmp_path: Path) -> None:
     printer, stick = read(host)
     assert printer.ieee1284_id.startswith("MFG:Hewlett-Packard;CMD:PJL,")
     assert DeviceNode("/dev/sdb1", "block", 8, 17, 0) in stick.nodes
+
+
+def test_what_is_only_an_alternate_setting(tmp_path: Path) -> None:
+    """ipp-usb has switched interface 0 of this printer, which is not the setting that the device began with."""
+    (printer,) = read(machines.machine(tmp_path, "ipp-usb-hp"))
+    assert printer.types == ("ff:00:ff", "07:01:04", "07:01:02", "07:01:04", "07:01:02")
+    assert [(i.triple, i.alternates) for i in printer.interfaces] == [
+        ("07:01:04", ("ff:00:ff", "07:01:04")),
+        ("07:01:02", ("07:01:02", "07:01:04")),
+        ("07:01:02", ()),
+    ]
+    assert printer.interfaces[2].types == ("07:01:02",)
+
+
+def test_only_the_active_configuration(tmp_path: Path) -> None:
+    found = {u.port: u for u in read(machines.machine(tmp_path, "dock"))}
+    assert found["2-1.2"].types == ("ff:ff:00",)
+    modem = read(machines.machine(tmp_path, "oddities"))[0]
+    assert modem.types == ("02:0e:00", "0a:00:02", "0a:00:02")
+
+
+@pytest.mark.parametrize("untrusted", [b"", b"\x12\x01", bytes(70_000), b"\xff" * 300])
+def test_descriptors_that_cannot_be_read_leave_the_interfaces_in_use(tmp_path: Path, untrusted: bytes) -> None:
+    host = machines.machine(tmp_path, "yubikey")
+    (tmp_path / YUBIKEY / "descriptors").write_bytes(untrusted)
+    (key,) = read(host)
+    assert key.interface_types == () and key.types == ("03:01:01", "03:00:00", "0b:00:00")
+
+
+def test_a_device_that_lies_about_its_length_has_the_interfaces_that_the_kernel_gave_it(tmp_path: Path) -> None:
+    liar = next(u for u in read(machines.machine(tmp_path, "oddities")) if u.port == "1-5")
+    assert liar.types == ("08:06:50",)
+
+
+def test_connect_type(tmp_path: Path) -> None:
+    """By the device's link to its port, else as the child of its hub that it is; older kernels call it `port4`, or nothing."""
+    host = machines.machine(tmp_path, "oddities")
+    assert {u.port: u.connect_type for u in read(host)} == {
+        "1-1": "hotplug", "1-4": "hardwired", "1-5": "", "1-6": "not used",
+    }  # fmt: skip
+    hub = tmp_path / "sys/devices/pci0000:00/0000:00:14.0/usb1"
+    (hub / "1-4/port").unlink()
+    assert {u.port: u.connect_type for u in read(host)}["1-4"] == "hardwired"
+    (hub / "1-0:1.0/usb1-port4").rename(hub / "1-0:1.0/port4")
+    assert {u.port: u.connect_type for u in read(host)}["1-4"] == "hardwired"
+    shutil.rmtree(hub / "1-0:1.0/port4")
+    assert {u.port: u.connect_type for u in read(host)}["1-4"] == ""
+
+
+def test_connect_type_behind_hubs(tmp_path: Path) -> None:
+    host = machines.machine(tmp_path, "hub-tree")
+    port = tmp_path / "sys/devices/pci0000:00/0000:00:14.0/usb1/1-1/1-1.2/1-1.2.3/1-1.2.3:1.0/1-1.2.3-port4"
+    (port / "connect_type").write_text("hardwired\n")
+    for link in (True, False):
+        assert {u.port: u.connect_type for u in read(host)}["1-1.2.3.4"] == "hardwired"
+        if link:
+            (port.parents[1] / "1-1.2.3.4/port").unlink()
 
 
 def test_no_usb_at_all(tmp_path: Path) -> None:
@@ -124,6 +187,47 @@ def test_every_file_may_vanish_while_it_is_read(tmp_path: Path) -> None:
     assert len(read(host)) == 1
 
 
+@pytest.mark.parametrize("machine", ["yubikey", "hub-tree", "headset"])
+def test_the_tree_may_vanish_at_any_moment(machine: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All of it is deleted at the n-th thing that the reader opens, for every n."""
+    opened, scanned = builtins.open, os.scandir
+    left = 0
+
+    def counted(real: Any) -> Any:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            nonlocal left
+            left -= 1
+            if left == 0:
+                shutil.rmtree(tmp_path / "sys/devices")
+            return real(*args, **kwargs)
+
+        return call
+
+    ports = {u.port for u in read(machines.machine(tmp_path, machine))}
+    moment = 0
+    while left <= 0:
+        moment += 1
+        host = machines.machine(tmp_path, machine)
+        left = moment
+        with monkeypatch.context() as patched:
+            patched.setattr(builtins, "open", counted(opened))
+            patched.setattr(os, "scandir", counted(scanned))
+            found = read(host)
+        assert {u.port for u in found} <= ports
+    assert moment > 20
+
+
+def test_the_tree_may_vanish_while_another_thread_deletes_it(tmp_path: Path) -> None:
+    for _ in range(30):
+        host = machines.machine(tmp_path, "hub-tree")
+        deleting = threading.Thread(target=shutil.rmtree, args=(tmp_path / "sys/devices",))
+        deleting.start()
+        while deleting.is_alive():
+            assert len(read(host)) <= 6
+        deleting.join()
+        assert read(host) == ()
+
+
 def test_every_file_may_be_garbage(tmp_path: Path) -> None:
     host = machines.machine(tmp_path, "yubikey")
     for directory, _, names in os.walk(tmp_path / "sys/devices"):
@@ -178,8 +282,21 @@ def test_what_is_known_of_a_plugged_device_is_not_read_again(tmp_path: Path) -> 
     (tmp_path / YUBIKEY / "manufacturer").unlink()
     hid = next((tmp_path / YUBIKEY / "1-3:1.1").glob("0003:*"))
     (hid / "report_descriptor").unlink()
+    (tmp_path / YUBIKEY / "descriptors").unlink()
+    (tmp_path / YUBIKEY / "port").unlink()
     (second,) = read(host, known=(first,))
     assert second == first
+
+
+def test_a_switched_interface_is_the_same_device_with_the_same_settings(tmp_path: Path) -> None:
+    host = machines.machine(tmp_path, "ipp-usb-epson")
+    (first,) = read(host)
+    directory = next(d for d in machines.tree("ipp-usb-epson") if d.endswith("1-4:1.3"))
+    write(tmp_path, directory, bInterfaceClass="07", bInterfaceSubClass="01", bInterfaceProtocol="04")
+    (second,) = read(host, known=(first,))
+    assert (first.interfaces[3].triple, second.interfaces[3].triple) == ("ff:01:00", "07:01:04")
+    assert second.interfaces[3].types == first.interfaces[3].types == ("ff:01:00", "07:01:04")
+    assert second.types == first.types
 
 
 def test_another_device_in_the_same_port_is_read_afresh(tmp_path: Path) -> None:
