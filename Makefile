@@ -8,7 +8,8 @@ PYTHON ?= python3
 VENV := .venv
 PY := $(VENV)/bin/python
 PIP := $(PY) -m pip --disable-pip-version-check --no-input -qq
-TESTS := $(wildcard tests/unit tests/daemon tests/host tests/vm)
+# tests/vm is run by hand until its node in the guest follows the stand-in kubelet: python -m pytest tests/vm
+TESTS := $(wildcard tests/unit tests/daemon tests/host)
 export PYTHON
 
 .PHONY: help run test check bench fuzz soak proto schema lock clean
