@@ -123,13 +123,9 @@ def reserved(config: DevicesConfig) -> tuple[Reserved, ...]:
 
 
 def _leaves(rule: Rule) -> tuple[str, ...]:
-    """Where a rule says no resource, it is that of the class; where it says no class either, that of any."""
-    given: object = rule.resource
-    if isinstance(given, str):
-        return (given,)
-    if isinstance(given, tuple | list) and given:
-        return tuple(str(leaf) for leaf in given)
-    return (DEFAULT_RESOURCE[rule.match.class_],) if rule.match.class_ else tuple(DEFAULT_RESOURCE.values())
+    """Where a rule says no resource, it is that of its class (`as` before `match.class`); without one, that of any."""
+    device_class = rule.as_ or rule.match.class_
+    return rule.leaves or ((DEFAULT_RESOURCE[device_class],) if device_class else tuple(DEFAULT_RESOURCE.values()))
 
 
 def _clauses(to: Audience, resource: str) -> Iterable[Clause]:

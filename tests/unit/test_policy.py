@@ -293,17 +293,21 @@ def test_a_name_of_its_own_is_no_member_of_the_family() -> None:
 
 def test_a_rule_reserves_every_name_it_may_offer() -> None:
     to = Audience(namespaces=("x",))
-    several = Rule(name="r", match=Match(class_="ukey"), resource=("ukey", "ukey-{id8}"), to=to)  # type: ignore[arg-type]
+    several = Rule(name="r", match=Match(class_="ukey"), resource=("ukey", "ukey-{id8}"), to=to)
+    token = Rule(name="token", match=Match(class_="storage"), as_=DeviceClass.UKEY, to=to)
     any_class = Rule(name="all", match=Match(), to=to)
-    found = {r.name: r.rules for r in reserved(DevicesConfig(domain="d.io", rules=(several, any_class)))}
+    found = {r.name: r.rules for r in reserved(DevicesConfig(domain="d.io", rules=(several, token, any_class)))}
     assert found == {
-        "d.io/ukey": ("r", "all"),
+        "d.io/ukey": ("r", "token", "all"),
         "d.io/ukey-{id8}": ("r",),
         "d.io/printer": ("all",),
         "d.io/audio": ("all",),
         "d.io/usb-storage": ("all",),
         "d.io/usb": ("all",),
     }
+    assert [r.name for r in reserved(DevicesConfig(rules=(token,)))] == ["opencdi.io/ukey"], (
+        "not the stick it looks like"
+    )
 
 
 def test_rules_that_let_everybody_in_make_no_policy() -> None:
