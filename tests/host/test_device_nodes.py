@@ -44,7 +44,6 @@ class Cgroup:
                 os.close(fd)
 
     def programs(self) -> list[bytes]:
-        """Normalised (a kernel may blind constants), one for each attached program."""
         shown = []
         with opened_directory(self.directory) as cgroup:
             for program_id in bpf.attached(cgroup).ids:
