@@ -207,7 +207,15 @@ DEFAULT_RESOURCE = {"ukey": "ukey", "printer": "printer", "audio": "audio", "sto
 
 
 def resource_leaves(rule: Rule, device_class: str) -> tuple[str, ...]:
+    """The leaves of a device of this class that the rule takes."""
     return rule.leaves or (DEFAULT_RESOURCE[device_class],)
+
+
+def possible_leaves(rule: Rule) -> tuple[str, ...]:
+    """Every leaf that the rule can offer a device under: what it names, else that of its class, else that of any."""
+    device_class = rule.as_ or rule.match.class_
+    classes = (device_class,) if device_class else tuple(DEFAULT_RESOURCE)
+    return tuple(dict.fromkeys(leaf for c in classes for leaf in resource_leaves(rule, c)))
 
 
 class _UniqueKeyLoader(yaml.SafeLoader):
@@ -300,8 +308,7 @@ def check(config: Config) -> None:
             raise ConfigError(f"{where}.resource: a name stands twice")
         _check_sets(where, rule.match)
         _check_audience(where, rule.to)
-        classes = [rule.as_ or rule.match.class_] if rule.as_ or rule.match.class_ else DEFAULT_RESOURCE
-        for leaf in sorted({leaf for c in classes for leaf in resource_leaves(rule, str(c))}):
+        for leaf in sorted(possible_leaves(rule)):
             first, audience = audiences.setdefault(leaf, (index, rule.to))
             if audience != rule.to:
                 raise ConfigError(

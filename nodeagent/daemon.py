@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import asyncio
 import fcntl
-import hashlib
 import logging
 import os
 import signal
@@ -139,7 +138,7 @@ async def _be_active(
         slots = Slots(run_dir, Labels(host))
         slots.prepare()
         # Two daemons in one cgroup (two state directories on one node) must not sweep each other's seats.
-        cgroups = SeatCgroups(name=f"nodeagent-seats-{hashlib.sha256(config.state_dir.encode()).hexdigest()[:8]}")
+        cgroups = SeatCgroups(name=f"nodeagent-seats-{owner(config.state_dir)}")
         await cgroups.prepare()
         parts.push_async_callback(cgroups.remove)
         slow = SlowCalls()

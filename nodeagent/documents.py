@@ -173,7 +173,7 @@ def device_row(
     return DeviceRow(
         id=device.id,
         class_=device.cls,
-        name=" ".join(part for part in (usb.manufacturer, usb.name) if part),
+        name=usb.title,
         vendor=f"{usb.vendor:04x}",
         product=f"{usb.product:04x}",
         port=usb.port,

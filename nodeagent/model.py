@@ -72,6 +72,11 @@ class DeviceNode(msgspec.Struct, frozen=True):
     minor: int
     interface: int = -1
 
+    @property
+    def kind(self) -> Literal["b", "c"]:
+        """Nodes of the block subsystem are block devices, all others are character devices (kernel, devtmpfs)."""
+        return "b" if self.subsystem == "block" else "c"
+
 
 class UsbDevice(msgspec.Struct, frozen=True, kw_only=True):
     """What the bus says about a device, before anyone has decided what it is.
@@ -102,6 +107,11 @@ class UsbDevice(msgspec.Struct, frozen=True, kw_only=True):
     def types(self) -> tuple[str, ...]:
         """`07:01:02` of every alternate setting, else of every interface in use."""
         return self.interface_types or tuple(i.triple for i in self.interfaces)
+
+    @property
+    def title(self) -> str:
+        """Manufacturer and product, as people are shown them."""
+        return " ".join(part for part in (self.manufacturer, self.name) if part)
 
     @property
     def bus_node(self) -> DeviceNode | None:

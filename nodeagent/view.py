@@ -19,8 +19,9 @@ from nodeagent.devices.cri import Cri
 from nodeagent.devices.inventory import Inventory
 from nodeagent.devices.kubelet import Registrar, RegistrationState
 from nodeagent.devices.leases import Leases
+from nodeagent.devices.resources import by_device
 from nodeagent.devices.slots import Slots
-from nodeagent.model import Lease, Offer, SeatState
+from nodeagent.model import Lease, SeatState
 from nodeagent.offers import Offers
 from nodeagent.reload import Reload
 from nodeagent.report.kube import KubeClient
@@ -119,21 +120,16 @@ class View:
     def _devices(self) -> doc.DevicesDocument:
         devices = self.inventory.devices if self.inventory else {}
         active = self.active
-        names: dict[str, list[str]] = {}
-        offers: dict[str, Offer] = {}
-        for resource in active.binding.resources.values() if active else ():
-            for i, offer in resource.offers.items():
-                names.setdefault(i, []).append(resource.name)
-                offers[i] = offers.get(i, offer) if offer.held_as else offer
+        offers = by_device(active.binding.resources.values() if active else ())
         unoffered = {u.device_id: u.message for u in (active.offers.resources.unoffered if active else ())}
         leases = {x.device_id: x for x in (active.leases.leases if active else ())}
         rows = []
         for device_id, device in devices.items():
-            found = offers.get(device_id)
+            names, found = offers.get(device_id, ((), None))
             rows.append(
                 doc.device_row(
                     device,
-                    resource=",".join(names.get(device_id, ())),
+                    resource=",".join(names),
                     rule=found.rule if found else "",
                     services=found.grant.services if found and found.give == "service" else (),
                     unoffered=unoffered.get(device_id, "" if active else "this daemon is a standby"),

@@ -11,11 +11,11 @@ import msgspec
 from nodeagent.config import Config
 from nodeagent.devices.identity import KEY_BYTES, KEY_NAME, node_key
 from nodeagent.devices.inventory import Inventory
-from nodeagent.devices.resources import build, explain
+from nodeagent.devices.resources import build, by_device, explain
 from nodeagent.documents import DeviceExplanation, DeviceRow, Problem, RuleVerdict, device_row
 from nodeagent.errors import AgentError
 from nodeagent.host import HostRoot
-from nodeagent.model import Device, Offer
+from nodeagent.model import Device
 from nodeagent.services import SEAT_SERVICES
 
 
@@ -33,20 +33,13 @@ def look(config: Config, root: Path | None) -> Found:
     key, problems = _key(state_dir)
     devices = asyncio.run(_inventory(host, config, key or os.urandom(KEY_BYTES)))
     resources = build({device.id: device for device in devices}, config.devices, frozenset(SEAT_SERVICES))
-    names: dict[str, list[str]] = {}
-    offered: dict[str, Offer] = {}
-    for resource in resources.resources.values():
-        for i, offer in resource.offers.items():
-            names.setdefault(i, []).append(resource.name)
-            offered[i] = offer
+    offered = by_device(resources.resources.values())
     unoffered = {u.device_id: u.message.removeprefix(f"{u.device_id}: ") for u in resources.unoffered}
     rows = []
     for device in devices:
         if device.id in offered:
-            offer = offered[device.id]
-            row = device_row(
-                device, resource=",".join(names[device.id]), rule=offer.rule, services=offer.grant.services
-            )
+            names, offer = offered[device.id]
+            row = device_row(device, resource=",".join(names), rule=offer.rule, services=offer.grant.services)
         else:
             row = device_row(device, unoffered=unoffered.get(device.id, ""))
         rows.append(row if key else _without_id(row))

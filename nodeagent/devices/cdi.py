@@ -7,7 +7,6 @@ the first with `hostPath` (CDI SPEC.md); a runtime refuses fields that its decla
 
 from __future__ import annotations
 
-import logging
 import os
 import re
 from collections.abc import Mapping
@@ -16,8 +15,6 @@ from pathlib import Path
 import msgspec
 
 from nodeagent.model import DeviceNode, Offer, Resource
-
-log = logging.getLogger(__name__)
 
 VERSION = "0.5.0"
 OURS = re.compile(r"nodeagent-[a-z0-9.-]+\.json\Z")
@@ -70,8 +67,7 @@ def _by_cdi(offer: Offer) -> bool:
 
 
 def _node(node: DeviceNode) -> _Node:
-    kind = "b" if node.subsystem == "block" else "c"
-    return _Node(node.path, node.path, kind, node.major, node.minor, "rw")
+    return _Node(node.path, node.path, node.kind, node.major, node.minor, "rw")
 
 
 class CdiFiles:

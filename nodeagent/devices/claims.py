@@ -112,7 +112,7 @@ class Rule(msgspec.Struct, frozen=True, order=True):
 
 
 def owner(state_dir: str) -> str:
-    """Whose claims these are: eight hexadecimal digits that follow from the state directory."""
+    """Whose claims, or cgroups, these are: eight hexadecimal digits that follow from the state directory."""
     return hashlib.sha256(state_dir.encode()).hexdigest()[:8]
 
 
@@ -247,7 +247,7 @@ class Claims:
 
     def _marks(self, device: Device) -> dict[str, str]:
         """Our marks in udevd's database; none where another agent has the device."""
-        node = next((n for n in device.usb.nodes if n.interface < 0 and n.subsystem == "usb"), None)
+        node = device.usb.bus_node
         noted = self._udevd.properties(node) if node is not None else {}
         return {k: noted[k] for k in (MARK, DRIVERS_MARK) if k in noted} if noted.get(MARK) == self._owner else {}
 

@@ -105,7 +105,7 @@ def port_reset(host: HostRoot, usb: UsbDevice) -> str:
 
     Raises AgentError: `device_unplugged` when it is not the device it was, else why the kernel refused.
     """
-    node = next((n for n in usb.nodes if n.interface < 0 and n.subsystem == "usb"), None)
+    node = usb.bus_node
     if node is None or host.attribute(f"{usb.sysfs}/dev") != f"{node.major}:{node.minor}":
         raise _gone(usb)
     with _opened(host, usb, node, os.O_RDWR) as fd:
@@ -189,7 +189,7 @@ def _enter_host_mounts(host: HostRoot, libc: ctypes.CDLL) -> None:
 @contextlib.contextmanager
 def _opened(host: HostRoot, usb: UsbDevice, node: DeviceNode, flags: int) -> Iterator[int]:
     """The node, proved to belong to this device: the numbers are given to the next one that is plugged in."""
-    kind = "block" if node.subsystem == "block" else "char"
+    kind, right_type = ("block", stat.S_ISBLK) if node.kind == "b" else ("char", stat.S_ISCHR)
     try:
         fd = os.open(host.path(node.path), flags | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOFOLLOW)
     except FileNotFoundError:
@@ -198,8 +198,10 @@ def _opened(host: HostRoot, usb: UsbDevice, node: DeviceNode, flags: int) -> Ite
         raise _failed(usb, f"opening {node.path}", error) from error
     try:
         status = os.fstat(fd)
-        right = stat.S_ISBLK(status.st_mode) if kind == "block" else stat.S_ISCHR(status.st_mode)
-        if not right or (os.major(status.st_rdev), os.minor(status.st_rdev)) != (node.major, node.minor):
+        if not right_type(status.st_mode) or (os.major(status.st_rdev), os.minor(status.st_rdev)) != (
+            node.major,
+            node.minor,
+        ):
             raise _gone(usb)
         if not _is_below(host.path(f"/sys/dev/{kind}/{node.major}:{node.minor}"), host.path(usb.sysfs)):
             raise _gone(usb)

@@ -54,7 +54,6 @@ def rule_of(device: Device, rules: Iterable[Rule]) -> Rule | None:
 
 def differences(usb: UsbDevice, natural: DeviceClass, match: Match) -> tuple[Difference, ...]:
     """The attributes that `match` names and the device does not fit, in the order of the file's documentation."""
-    name = title(usb)
     checks = (
         _plain("class", match.class_, natural.value, match.class_ == natural),
         _plain("vendor", match.vendor, f"{usb.vendor:04x}", match.vendor == f"{usb.vendor:04x}"),
@@ -63,7 +62,7 @@ def differences(usb: UsbDevice, natural: DeviceClass, match: Match) -> tuple[Dif
         _plain(
             "serial", match.serial, "another" if usb.serial else "none", fnmatchcase(usb.serial, match.serial or "")
         ),
-        _plain("name", match.name, name or "none", fnmatchcase(name, match.name or "")),
+        _plain("name", match.name, usb.title or "none", fnmatchcase(usb.title, match.name or "")),
         _plain("port", match.port, usb.port, fnmatchcase(usb.port, match.port or "")),
         _set("with_interface", match.with_interface, usb.types),
         _set("with_connect_type", match.with_connect_type, (usb.connect_type.replace(" ", "-") or "unknown",)),
@@ -71,11 +70,6 @@ def differences(usb: UsbDevice, natural: DeviceClass, match: Match) -> tuple[Dif
         _input(usb, natural, match),
     )
     return tuple(found for found in checks if found is not None)
-
-
-def title(usb: UsbDevice) -> str:
-    """Manufacturer and product."""
-    return " ".join(part for part in (usb.manufacturer, usb.name) if part)
 
 
 def _plain(attribute: str, wanted: object, found: str, fits: bool) -> Difference | None:

@@ -6,7 +6,7 @@ the resources of its rule or among the unoffered, with the reason.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import msgspec
 
@@ -88,6 +88,16 @@ def build(devices: Mapping[str, Device], config: DevicesConfig, services: frozen
         {name: Resource(name=name, to=to, offers=offers.get(name, {})) for name, to in audiences.items()},
         tuple(unoffered),
     )
+
+
+def by_device(resources: Iterable[Resource]) -> dict[str, tuple[tuple[str, ...], Offer]]:
+    """Device id -> the names it is offered under, and its offer: the one that is not held under another name, if any."""
+    found: dict[str, tuple[tuple[str, ...], Offer]] = {}
+    for resource in resources:
+        for device_id, offer in resource.offers.items():
+            names, known = found.get(device_id, ((), offer))
+            found[device_id] = ((*names, resource.name), known if offer.held_as else offer)
+    return found
 
 
 def explain(device: Device, config: DevicesConfig) -> tuple[Verdict, ...]:

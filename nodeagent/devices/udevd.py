@@ -117,9 +117,8 @@ class Udevd:
 
     def properties(self, node: DeviceNode) -> dict[str, str]:
         """What udevd has noted about the device of a node (its database below /run/udev/data); empty when nothing."""
-        kind = "b" if node.subsystem == "block" else "c"
         try:
-            with open(self._host.path(f"{RUN}/data/{kind}{node.major}:{node.minor}"), "rb") as file:
+            with open(self._host.path(f"{RUN}/data/{node.kind}{node.major}:{node.minor}"), "rb") as file:
                 text = file.read(MAX_NOTED_BYTES).decode(errors="replace")
         except OSError:
             return {}

@@ -46,8 +46,8 @@ MAX_NODES = 64
 
 
 def numbers_of(node: DeviceNode) -> DeviceNumbers:
-    """Nodes of the block subsystem are block devices, all others are character devices (kernel, devtmpfs)."""
-    return DeviceNumbers("b" if node.subsystem == "block" else "c", node.major, node.minor)
+    """What a device cgroup knows of a node."""
+    return DeviceNumbers(node.kind, node.major, node.minor)
 
 
 def revoke(host: HostRoot, container: Container, nodes: Sequence[DeviceNode]) -> None:

@@ -17,7 +17,7 @@ from typing import Any, Literal
 
 import msgspec
 
-from nodeagent.config import DEFAULT_RESOURCE, DevicesConfig, Rule
+from nodeagent.config import DevicesConfig, possible_leaves
 from nodeagent.errors import Reason
 from nodeagent.model import Audience
 
@@ -115,17 +115,11 @@ def reserved(config: DevicesConfig) -> tuple[Reserved, ...]:
     """Every resource name that the rules can offer, in their order. Rules of one name have one `to:` (config.check)."""
     found: dict[str, Reserved] = {}
     for rule in config.rules:
-        for leaf in _leaves(rule):
+        for leaf in possible_leaves(rule):
             name = f"{config.domain}/{leaf}"
             known = found.get(name, Reserved(name, rule.to, ()))
             found[name] = Reserved(name, known.to, (*known.rules, rule.name))
     return tuple(found.values())
-
-
-def _leaves(rule: Rule) -> tuple[str, ...]:
-    """Where a rule says no resource, it is that of its class (`as` before `match.class`); without one, that of any."""
-    device_class = rule.as_ or rule.match.class_
-    return rule.leaves or ((DEFAULT_RESOURCE[device_class],) if device_class else tuple(DEFAULT_RESOURCE.values()))
 
 
 def _clauses(to: Audience, resource: str) -> Iterable[Clause]:

@@ -50,6 +50,13 @@ async def well_again(node: Node, scripted: ScriptedKubelet) -> None:
     assert node.registrar.registrations[0].detail == ""
 
 
+async def registered(node: Node, scripted: ScriptedKubelet) -> None:
+    """Everything begins well."""
+    node.registrar = await node.start_registrar()
+    offer(node)
+    await well_again(node, scripted)
+
+
 ACTS: list[tuple[Act, str]] = [
     (fault.hung, "deadline_exceeded"),
     (fault.slow(QUICK.register + 0.2), "deadline_exceeded"),
@@ -85,17 +92,13 @@ async def test_a_registration_that_goes_wrong_is_said_and_made_again(
 
 async def test_a_slow_kubelet_is_waited_for(node: Node, scripted: ScriptedKubelet) -> None:
     scripted.perform(fault.slow(QUICK.register / 2))
-    node.registrar = await node.start_registrar()
-    offer(node)
-    await well_again(node, scripted)
+    await registered(node, scripted)
     assert len(scripted.registers) == 1
 
 
 async def test_calls_of_nonsense_during_register_do_no_harm(node: Node, scripted: ScriptedKubelet) -> None:
     scripted.perform(fault.dialling_wildly)
-    node.registrar = await node.start_registrar()
-    offer(node)
-    await well_again(node, scripted)
+    await registered(node, scripted)
     assert node.allocator.allocated == []
 
 
@@ -153,9 +156,7 @@ async def test_a_socket_that_nobody_accepts_from(node: Node) -> None:
 
 @pytest.mark.parametrize("leave_socket", [True, False])
 async def test_a_kubelet_that_is_killed_and_returns(node: Node, scripted: ScriptedKubelet, leave_socket: bool) -> None:
-    node.registrar = await node.start_registrar()
-    offer(node)
-    await well_again(node, scripted)
+    await registered(node, scripted)
     await scripted.stop(leave_socket=leave_socket)
     gone = RegistrationState.FAILING if leave_socket else RegistrationState.WAITING
     await until(lambda: node.registrar.state(PRINTERS) is gone)
@@ -168,9 +169,7 @@ async def test_a_socket_made_anew_with_the_same_inode_number_is_another_kubelet(
     node: Node, scripted: ScriptedKubelet
 ) -> None:
     """ext4 hands a freed inode out at once. The connections stay open here, so nothing but the change time tells."""
-    node.registrar = await node.start_registrar()
-    offer(node)
-    await well_again(node, scripted)
+    await registered(node, scripted)
     before = scripted.socket.stat()
     os.rename(scripted.socket, node.directory / "k")
     os.rename(node.directory / "k", scripted.socket)
@@ -194,9 +193,7 @@ async def test_a_socket_that_is_no_socket(node: Node) -> None:
 
 
 async def test_the_directory_itself_goes_and_comes(node: Node, scripted: ScriptedKubelet) -> None:
-    node.registrar = await node.start_registrar()
-    offer(node)
-    await well_again(node, scripted)
+    await registered(node, scripted)
     moved = node.directory.with_name("away")
     await scripted.stop()
     node.directory.rename(moved)
@@ -210,9 +207,7 @@ async def test_the_directory_itself_goes_and_comes(node: Node, scripted: Scripte
 async def test_sockets_wiped_while_allocate_runs(node: Node, scripted: ScriptedKubelet) -> None:
     """All of them, as a kubelet does when it starts: the one that asked is gone, so nothing is served to it any more, but the
     question of the old connection has its answer first."""
-    node.registrar = await node.start_registrar()
-    offer(node)
-    await well_again(node, scripted)
+    await registered(node, scripted)
     channel = scripted.plugin()
     node.allocator.free.clear()
     asking = asyncio.create_task(fault.allocate(channel, ["printer-a"]))
@@ -232,9 +227,7 @@ async def test_sockets_wiped_while_allocate_runs(node: Node, scripted: ScriptedK
 async def test_our_socket_wiped_while_allocate_runs_ends_in_an_answer_or_a_refusal(
     node: Node, scripted: ScriptedKubelet
 ) -> None:
-    node.registrar = await node.start_registrar()
-    offer(node)
-    await well_again(node, scripted)
+    await registered(node, scripted)
     channel = scripted.plugin()
     node.allocator.free.clear()
     asking = asyncio.create_task(fault.allocate(channel, ["printer-a"]))
@@ -285,9 +278,7 @@ async def test_a_foreign_plugin_takes_our_name_and_leaves(node: Node) -> None:
 
 
 async def test_fifty_restarts_in_a_row_leak_nothing(node: Node, scripted: ScriptedKubelet) -> None:
-    node.registrar = await node.start_registrar()
-    offer(node)
-    await well_again(node, scripted)
+    await registered(node, scripted)
     before = len(os.listdir("/proc/self/fd"))
     for _ in range(50):
         await scripted.stop()

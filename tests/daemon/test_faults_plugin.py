@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import AsyncIterator
 from pathlib import Path
 
 import grpc
@@ -24,23 +23,6 @@ from tests.fakes.scripted_kubelet import GARBAGE, METHOD, PREFACE, allocate, raw
 PRINTERS = "opencdi.io/printer"
 GRPC_DEFAULT_RECEIVE_BYTES = 4 << 20
 """What the kubelet's client of a plugin takes in one message (google.golang.org/grpc, defaultClientMaxReceiveMessageSize)."""
-
-
-@pytest.fixture
-async def allocator() -> FakeAllocator:
-    return FakeAllocator()
-
-
-@pytest.fixture
-async def server(short_tmp: Path, allocator: FakeAllocator, metrics: Metrics) -> AsyncIterator[PluginServer]:
-    async with PluginServer(resource(a=True, b=True, c=False), allocator, short_tmp, metrics) as running:
-        yield running
-
-
-@pytest.fixture
-async def channel(server: PluginServer) -> AsyncIterator[grpc.aio.Channel]:
-    async with rpc.channel(server.socket) as open_channel:
-        yield open_channel
 
 
 async def works(channel: grpc.aio.Channel) -> None:

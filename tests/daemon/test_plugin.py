@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
@@ -23,23 +22,6 @@ from tests.fakes.allocator import FakeAllocator, resource
 
 METHOD = "/v1beta1.DevicePlugin/"
 PRINTERS = "opencdi.io/printer"
-
-
-@pytest.fixture
-async def allocator() -> FakeAllocator:
-    return FakeAllocator()
-
-
-@pytest.fixture
-async def server(short_tmp: Path, allocator: FakeAllocator, metrics: Metrics) -> AsyncIterator[PluginServer]:
-    async with PluginServer(resource(a=True, b=True, c=False), allocator, short_tmp, metrics) as running:
-        yield running
-
-
-@pytest.fixture
-async def channel(server: PluginServer) -> AsyncIterator[grpc.aio.Channel]:
-    async with rpc.channel(server.socket) as open_channel:
-        yield open_channel
 
 
 async def allocate(channel: grpc.aio.Channel, *ids: str) -> pb.ContainerAllocateResponse:

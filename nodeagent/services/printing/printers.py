@@ -28,7 +28,7 @@ def for_desktop(offer: Offer) -> wire.Printer:
     return wire.Printer(
         name=device.id,
         info=title(device),
-        make_and_model=" ".join(x for x in (device.usb.manufacturer, device.usb.name) if x) or "USB printer",
+        make_and_model=device.usb.title or "USB printer",
         formats=accepted_formats(printers.formats(device.usb.ieee1284_id)),
         online=device.present,
         simulated=device.usb.simulated,
