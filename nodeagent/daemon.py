@@ -199,8 +199,8 @@ async def _be_active(
                 inventory.subscribe(offers.on_change)
                 source.on_config.append(offers.on_config)
                 source.on_rejected = lambda message: events.node_event(Reason.CONFIG_INVALID, message)
-                await binding.rebind()
                 await binding.rebuild()
+                await binding.rebind()  # seats serve from here on, so what they need follows at once
                 tasks.create_task(spool.run(), name="spool")
                 tasks.create_task(offers.run(), name="offers")
                 view.active = active

@@ -28,6 +28,17 @@ async def test_accepted_jobs_go_on_after_a_restart_and_others_are_gone(tmp_path:
         await house.until(lambda: not any(name.endswith(".doc") for name in files(tmp_path)))
 
 
+async def test_a_job_accepted_before_the_spool_runs_holds_nobody_up(tmp_path: Path) -> None:
+    """A daemon that starts serves its seats a moment before it carries jobs."""
+    cups = FakeCups()
+    house = fake_house(tmp_path, cups)
+    early = await house.send(b"1")
+    async with running(house):
+        assert (await house.ended(early)).state == COMPLETED
+        assert (await house.ended(await house.send(b"2"))).state == COMPLETED
+        assert [data for _, _, data, _ in cups.printed] == [b"1", b"2"]
+
+
 @pytest.mark.parametrize(("state", "printed_again"), [(COMPLETED, 0), (PROCESSING, 0), (CANCELLED, 1), (None, 1)])
 async def test_a_restart_asks_cupsd_what_it_has(tmp_path: Path, state: int | None, printed_again: int) -> None:
     cups = FakeCups()

@@ -259,10 +259,12 @@ class Spool:
                             await self._end(job, State.ABORTED, "aborted-by-system", fault)
 
     def _start(self, job: Job) -> None:
-        """Give the job a task and its place behind the others of its printer."""
+        """Give the job a task and its place behind the others of its printer. One that is accepted before `run` has begun is
+        started by it: a second place in the lane would hold up every later job for ever."""
+        if self._tasks is None:
+            return
         job.seat.join_lane(job)
-        if self._tasks is not None:
-            job.task = self._tasks.create_task(self._live(job), name=f"job {job.seat.name} {job.record.id}")
+        job.task = self._tasks.create_task(self._live(job), name=f"job {job.seat.name} {job.record.id}")
 
     async def _live(self, job: Job) -> None:
         try:
